@@ -1,0 +1,199 @@
+"""An adapter folder, validated: its configuration, its tensors, and nothing that a merge would lose.
+
+Covered: safetensors adapters of every PEFT method that can merge; each is refused here, before the base is
+touched, when the folder is incomplete, a tensor is not finite, or the method has no exact merge.
+Not covered here: whether its tensors fit a base (`runner.attach` places every one of them).
+
+No torch: the supervisor reads adapters before it downloads a base.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from runner.checkpoint.layout import TensorFile, TensorInfo, read_tensor_file
+from runner.errors import BrokenAdapter, BrokenCheckpoint, UnsupportedAdapter
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 10_000_000
+SCAN_BYTES = 4 << 20
+
+MERGEABLE = frozenset(
+    """LORA ADALORA LOHA LOKR IA3 OFT BOFT VERA PVERA FOURIERFT WAVEFT HRA VBLORA UNILORA MISS RANDLORA ROAD HIRA SHIRA C3A
+    OSF DELORA GRALORA TINYLORA PSOFT PEANUT SUPERTUNING DEFT FROD GLORA BEFT ADAMSS LN_TUNING TRAINABLE_TOKENS""".split()
+)
+NOT_MERGEABLE: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"),
+            "it learns a prompt or a cache, not a change of weights",
+        ),
+        "ADAPTION_PROMPT": "it adds prompts and gates inside the attention, not a change of weights",
+        "XLORA": "its mixture depends on the input, so that no fixed weight equals it",
+        "POLY": "its mixture depends on the task, and PEFT has no merge for it",
+        "LILY": "PEFT has no merge for it",
+        "SHADOW": "PEFT has no merge for it",
+    }
+)
+# A field of adapter_config.json whose use makes the result depend on the input, or on code that is not here.
+REFUSED_FIELDS: Mapping[str, str] = MappingProxyType(
+    {
+        "layer_replication": "the model would have more layers than the base, and PEFT does not merge that",
+        "alora_invocation_tokens": "the adapter acts only after its invocation tokens, so that no fixed weight equals it",
+        "arrow_config": "the router picks adapters by the input, so that no fixed weight equals it",
+        "megatron_config": "it needs Megatron layers, which a transformers checkpoint does not have",
+        "lora_B_layout": "its expert tensors are packed in another order than PEFT reads",
+    }
+)
+_EXPONENT = MappingProxyType({"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A PEFT adapter on disk.
+
+    Attributes:
+        root: the folder.
+        config: adapter_config.json, as parsed.
+        peft_type: for example "LORA".
+        task_type: for example "CAUSAL_LM", or None.
+        base_model: what the adapter says that it was trained on; a hint, never followed silently.
+        tensors: by their names in the file.
+    """
+
+    root: Path
+    config: Mapping[str, Any]
+    peft_type: str
+    task_type: str | None
+    base_model: str | None
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all adapter tensors as stored."""
+        return sum(tensor.size_bytes for tensor in self.tensors.values())
+
+
+def read_adapter(root: Path) -> Adapter:
+    """Return the adapter in `root`; reads its config, its header, and every weight once to see that it is finite.
+
+    Raises:
+        BrokenAdapter: a file is missing, pickled, truncated or not finite.
+        UnsupportedAdapter: a method or option that has no exact merge.
+    """
+    config = _read_config(root)
+    peft_type = str(config.get("peft_type") or "")
+    _check_method(peft_type)
+    _check_fields(config)
+    file = _read_weights(root)
+    _check_finite(root, file)
+    base_model = config.get("base_model_name_or_path")
+    task_type = config.get("task_type")
+    return Adapter(
+        root=root,
+        config=MappingProxyType(config),
+        peft_type=peft_type,
+        task_type=str(task_type) if task_type else None,
+        base_model=str(base_model) if base_model else None,
+        tensors={tensor.name: tensor for tensor in file.tensors},
+    )
+
+
+def _read_config(root: Path) -> dict[str, Any]:
+    path = root / CONFIG_FILE
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise _broken(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes.")
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise BrokenAdapter(
+            f"The adapter folder has no {CONFIG_FILE}.",
+            why="A PEFT adapter is a folder with adapter_config.json and adapter_model.safetensors.",
+            fix="Point `adapter-path` at the folder that `save_pretrained` of the PEFT model wrote.",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise _broken(f"{CONFIG_FILE} cannot be read as JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise _broken(f"{CONFIG_FILE} is not a JSON object.")
+    return config
+
+
+def _check_method(peft_type: str) -> None:
+    if peft_type in MERGEABLE:
+        return
+    reason = NOT_MERGEABLE.get(peft_type, "this version knows no such method")
+    raise UnsupportedAdapter(
+        f"The adapter is of type {peft_type[:80] or 'unknown'!r}, which cannot be merged.",
+        why=f"Of this method, {reason}." if peft_type in NOT_MERGEABLE else f"The PEFT in this image: {reason}.",
+        fix="Release the adapter as an adapter, or train one of a method that changes weights, such as LoRA.",
+    )
+
+
+def _check_fields(config: Mapping[str, Any]) -> None:
+    for field, reason in REFUSED_FIELDS.items():
+        if config.get(field):
+            raise UnsupportedAdapter(
+                f"{CONFIG_FILE} sets `{field}`.",
+                why=f"With it, {reason}.",
+                fix="Train the adapter without it, or release the adapter unmerged.",
+            )
+
+
+def _read_weights(root: Path) -> TensorFile:
+    if not (root / WEIGHTS_FILE).is_file():
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in root.glob(pattern))
+        raise BrokenAdapter(
+            f"The adapter folder has no {WEIGHTS_FILE}" + (f", only {pickled[0]}." if pickled else "."),
+            why="Only safetensors are read: unpickling can run code.",
+            fix="Save it again with `save_pretrained(..., safe_serialization=True)`, PEFT's default.",
+        )
+    try:
+        file = read_tensor_file(root, WEIGHTS_FILE)
+    except BrokenCheckpoint as error:
+        raise BrokenAdapter(error.problem.what, why=error.problem.why, fix=error.problem.fix) from error
+    if not file.tensors:
+        raise _broken(f"{WEIGHTS_FILE} holds no tensor.")
+    for tensor in file.tensors:
+        if tensor.dtype not in _EXPONENT and not tensor.dtype.startswith(("I", "U", "BOOL")):
+            raise UnsupportedAdapter(
+                f"The adapter tensor {tensor.name!r} is stored as {tensor.dtype}.",
+                why="Adapters are merged in float32, which holds BF16, F16 and F32 exactly, and this not.",
+                fix="Save the adapter in float32, bfloat16 or float16.",
+            )
+    return file
+
+
+def _check_finite(root: Path, file: TensorFile) -> None:
+    # numpy has no bfloat16, so the test is on the bits: all exponent bits set means Inf or NaN.
+    import numpy as np  # noqa: PLC0415  (0.1 s that `--help` and input errors need not wait for)
+
+    with (root / file.name).open("rb") as stream:
+        for tensor in file.tensors:
+            if tensor.dtype not in _EXPONENT:
+                continue
+            word, mask = _EXPONENT[tensor.dtype]
+            stream.seek(tensor.start)
+            left = tensor.size_bytes
+            while left:
+                block = stream.read(min(SCAN_BYTES, left))
+                left -= len(block)
+                if bool(((np.frombuffer(block, dtype=word) & mask) == mask).any()):
+                    raise BrokenAdapter(
+                        f"The adapter tensor {tensor.name!r} holds NaN or Inf.",
+                        why="The training diverged, or the file was damaged; merged, it would poison the base.",
+                        fix="Take an earlier checkpoint of the training.",
+                    )
+
+
+def _broken(what: str) -> BrokenAdapter:
+    return BrokenAdapter(
+        what,
+        why="The adapter folder was not written, or not copied, as a whole.",
+        fix="Save or download the adapter again.",
+    )

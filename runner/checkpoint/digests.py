@@ -1,0 +1,84 @@
+"""Names for what is in a folder: sha256 of files, one digest of them all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileDigest:
+    """One file of a release.
+
+    Attributes:
+        path: relative to the folder, with forward slashes.
+        size_bytes: of its content.
+        sha256: 64 hex digits.
+    """
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergedCheckpoint:
+    """A finished merge on disk.
+
+    Attributes:
+        root: the folder.
+        files: every file in it, sorted by path.
+        tensors_merged: stored tensors that the adapter changed or added.
+        tensors_copied: stored tensors whose bytes are the base's.
+        tensors_cast: stored tensors that only changed their dtype.
+        read_bytes: of base and adapter weights.
+        written_bytes: of all files.
+        wall_s: seconds from the first byte to the last.
+    """
+
+    root: Path
+    files: tuple[FileDigest, ...]
+    tensors_merged: int
+    tensors_copied: int
+    tensors_cast: int
+    read_bytes: int
+    written_bytes: int
+    wall_s: float
+
+    @property
+    def digest(self) -> str:
+        """The merged digest; see `digest_of`."""
+        return digest_of(self.files)
+
+
+def digest_of(files: Iterable[FileDigest]) -> str:
+    """Return sha256 over the lines `<sha256>  <path>\\n` sorted by path: 64 hex digits.
+
+    The same as `sha256sum` of the output of `sha256sum <paths in C order>`.
+    """
+    lines = sorted(f"{file.path}\0{file.sha256}" for file in files)
+    text = "".join(f"{sha256}  {path}\n" for path, sha256 in (line.split("\0") for line in lines))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_file(root: Path, path: str) -> FileDigest:
+    """Return size and sha256 of `root/path`, read once in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    size_bytes = 0
+    with (root / path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            size_bytes += len(block)
+    return FileDigest(path=path, size_bytes=size_bytes, sha256=digest.hexdigest())
+
+
+def digest_folder(root: Path) -> tuple[FileDigest, ...]:
+    """Return the digests of every regular file under `root`, sorted by path; `.cache` and `.git` are left out."""
+    paths = sorted(
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*")
+        if path.is_file() and not {".cache", ".git"} & set(path.relative_to(root).parts)
+    )
+    return tuple(digest_file(root, path) for path in paths)

@@ -1,0 +1,65 @@
+"""Which stored tensor makes which parameter of a model class, by transformers' own conversion.
+
+Covered: names that are kept or only renamed on loading (prefixes, old names).
+Told, not resolved: parameters that transformers computes from several stored tensors (fused experts, split or
+joined projections); they are listed in `StoredNames.converted`.
+
+Source: transformers `core_model_loading.convert_and_load_state_dict_in_model`, whose order of renaming this
+follows; these functions are semi-private, hence the exact pin and a round-trip test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredNames:
+    """Every stored tensor's place in the model.
+
+    Attributes:
+        renamed: state-dict key of the model → the one stored tensor that it is.
+        converted: state-dict key of the model → the stored tensors that it is computed from.
+        unknown: stored tensors that the model class does not know (multi-token-prediction heads and the like).
+    """
+
+    renamed: Mapping[str, str]
+    converted: Mapping[str, tuple[str, ...]]
+    unknown: tuple[str, ...]
+
+
+def map_names(model: PreTrainedModel, names: Iterable[str]) -> StoredNames:
+    """Return where each of the stored `names` goes in `model` (its parameters may be on the meta device)."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    keys = model.state_dict()
+    prefix = model.base_model_prefix
+    renamed: dict[str, str] = {}
+    converted: dict[str, list[str]] = {}
+    unknown: list[str] = []
+    for name in sorted(names, key=dot_natural_key):
+        key, pattern = rename_source_key(name, renamings, converters, prefix, keys)
+        if key not in keys and name in keys:
+            key, pattern = rename_source_key(name, [], [], prefix, keys)
+        if key not in keys:
+            unknown.append(name)
+        elif pattern is not None:
+            converted.setdefault(key, []).append(name)
+        else:
+            renamed[key] = name
+    return StoredNames(
+        renamed=renamed,
+        converted={key: tuple(sources) for key, sources in converted.items()},
+        unknown=tuple(unknown),
+    )
+
+
+def stored_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Return state-dict key → stored name for every parameter that is exactly one stored tensor."""
+    return dict(map_names(model, names).renamed)

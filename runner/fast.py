@@ -1,0 +1,100 @@
+"""The fast path: a plain `lora.Linear` unit, row block by row block, in the reader's own buffer.
+
+Same operations in the same order as PEFT (`lora.Linear.get_delta_weight`, then the sum in float32, then one
+rounding), so the same bits, at about five times the speed: PEFT materialises the product, its scaled copy and a
+mixed-dtype sum for the whole matrix, here they stay in the cache. On one thread a block's product equals the rows of
+the whole product; `runner.merge` checks that against PEFT on one unit of every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import nn
+
+from runner.attach import ADAPTER_NAME, Attached
+from runner.checkpoint.reader import FLOATS, TORCH_DTYPES, Reader
+from runner.checkpoint.writer import Buffer, ShardWriter
+from runner.errors import UnsupportedAdapter
+from runner.plan import TensorPlan
+from runner.units import Unit
+
+
+def is_fast(attached: Attached, unit: Unit, tensor: TensorPlan) -> bool:
+    """Return whether the fast path makes `tensor`: plain LoRA on a plain `nn.Linear`, stored as it is."""
+    module = unit.module
+    key = f"{unit.path}.weight"
+    return (
+        attached.is_lazy
+        and type(module) is LoraLinear
+        and type(module.get_base_layer()) is nn.Linear
+        and tensor.change is not None
+        and tensor.change.parameter == "weight"
+        and key not in attached.replaced
+        and tensor.source.dtype in FLOATS
+        and list(module.active_adapters) == [ADAPTER_NAME]
+        and set(module.lora_A) == {ADAPTER_NAME}
+        and not module.lora_variant
+        and not any(module.lora_bias.values())
+        and not module.fan_in_fan_out
+        and all(part.weight.dtype is torch.float32 for part in (module.lora_A[ADAPTER_NAME], module.lora_B[ADAPTER_NAME]))
+    )
+
+
+class LinearMerger:
+    """Merges `lora.Linear` weights in blocks; holds one scratch block in float32 and one for the input."""
+
+    def __init__(self, reader: Reader, block_bytes: int) -> None:
+        self._reader = reader
+        self._block_bytes = block_bytes
+        self._scratch = torch.empty(block_bytes // 2, dtype=torch.float32)  # one block of a 16-bit dtype
+        self._input = torch.empty(block_bytes, dtype=torch.uint8)
+
+    def blocks(self, unit: Unit, tensor: TensorPlan, writer: ShardWriter) -> Iterator[tuple[Buffer, int]]:
+        """Yield (buffer, filled bytes) with the merged rows in the output dtype, in order.
+
+        Raises:
+            UnsupportedAdapter: a merged value does not fit float16.
+        """
+        module = unit.module
+        lora_A = module.lora_A[ADAPTER_NAME].weight.detach()  # (r, in_features) float32
+        lora_B = module.lora_B[ADAPTER_NAME].weight.detach()  # (out_features, r) float32
+        scaling = module.scaling[ADAPTER_NAME]
+        rows, columns = tensor.shape
+        source = TORCH_DTYPES[tensor.source.dtype]
+        output = TORCH_DTYPES[tensor.dtype]
+        step = min(rows, self._block_bytes // (columns * max(source.itemsize, output.itemsize)))
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            buffer = writer.borrow()
+            filled = count * columns * output.itemsize
+            merged = buffer.raw[:filled].view(output).view(count, columns)
+            raw = buffer.raw if source is output else self._input
+            base = raw[: count * columns * source.itemsize].view(source).view(count, columns)
+            offset = first * columns * source.itemsize
+            self._reader.read_into(memoryview(base.view(-1).view(torch.uint8).numpy()), tensor.source, offset)
+            block = self._scratch[: count * columns].view(count, columns)
+            torch.mm(lora_B[first : first + count], lora_A, out=block)
+            block.mul_(scaling).add_(base)
+            merged.copy_(block)
+            if output is torch.float16:
+                check_range(merged, block, tensor.name)
+            yield buffer, filled
+
+
+def check_range(rounded: torch.Tensor, exact: torch.Tensor, name: str) -> None:
+    """Refuse a finite value that the output dtype turned into Inf.
+
+    Raises:
+        UnsupportedAdapter: with the tensor's name and the value.
+    """
+    overflow = torch.isinf(rounded) & torch.isfinite(exact)
+    if bool(overflow.any()):
+        worst = float(exact[overflow].abs().max())
+        raise UnsupportedAdapter(
+            f"{name!r} holds {worst:g}, which {rounded.dtype} cannot hold.",
+            why="The range of float16 ends at 65504; the value would become Inf.",
+            fix="Set `dtype` to bfloat16 or float32.",
+        )

@@ -1,0 +1,215 @@
+"""Plan → MergedCheckpoint: every shard in order, every tensor in the order of its bytes, one unit in memory.
+
+Each output element is the un-rounded float32 sum that PEFT computes, rounded once to the output dtype. Untouched
+tensors are copied as bytes. A folder that is not complete never has its final name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from runner.attach import Attached
+from runner.checkpoint.digests import FileDigest, MergedCheckpoint
+from runner.checkpoint.layout import INDEX_FILE, TensorInfo
+from runner.checkpoint.reader import TORCH_DTYPES, Reader, tensor_bytes
+from runner.checkpoint.writer import BUFFER_BYTES, ShardWriter
+from runner.companions import copy_companion
+from runner.errors import RunnerError
+from runner.fast import LinearMerger, check_range, is_fast
+from runner.plan import Action, Plan, TensorPlan
+from runner.units import Unit, UnitMerger
+
+Progress = Callable[[int, int], None]
+
+
+def merge(
+    plan: Plan, attached: Attached, units: Mapping[str, Unit], *, into: Path, on_progress: Progress | None = None
+) -> MergedCheckpoint:
+    """Carry out `plan` and return the finished folder `into`, which must not exist before.
+
+    Args:
+        plan: of the same base and adapter as `attached`.
+        attached: base and adapter.
+        units: of `attached`, by path.
+        into: appears by rename when everything is written.
+        on_progress: called with (bytes written, bytes in all) after every tensor.
+
+    Raises:
+        RunnerError: the disk is full, a file is damaged, or PEFT refuses a layer; `into` does not exist then.
+    """
+    started = time.monotonic()
+    torch.set_num_threads(1)  # one thread merges, one writes, one hashes; more only contend (and change last bits)
+    partial = into.with_name(into.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    with Reader(attached.checkpoint) as reader, torch.inference_mode():
+        job = _Job(plan, attached, units, reader, on_progress)
+        job.check_fast_path(partial)
+        files = job.write_shards(partial)
+        read_bytes = reader.read_bytes
+    files += _write_rest(plan, partial)
+    partial.rename(into)
+    summary = plan.summary
+    return MergedCheckpoint(
+        root=into,
+        files=tuple(sorted(files, key=lambda file: file.path)),
+        tensors_merged=summary.tensors_merged,
+        tensors_copied=summary.tensors_copied,
+        tensors_cast=summary.tensors_cast,
+        read_bytes=read_bytes + attached.adapter.data_bytes,
+        written_bytes=sum(file.size_bytes for file in files),
+        wall_s=time.monotonic() - started,
+    )
+
+
+class _Job:
+    """One merge under way: what is needed for every tensor, and the parts of units that are still to be written."""
+
+    def __init__(
+        self, plan: Plan, attached: Attached, units: Mapping[str, Unit], reader: Reader, on_progress: Progress | None
+    ) -> None:
+        self._plan = plan
+        self._attached = attached
+        self._units = units
+        self._reader = reader
+        self._on_progress = on_progress
+        self._unit_merger = UnitMerger(attached, units, reader)
+        widest = max((row_bytes(tensor) for shard in plan.shards for tensor in shard.tensors), default=0)
+        self._block_bytes = max(BUFFER_BYTES, widest)
+        self._linear_merger = LinearMerger(reader, self._block_bytes)
+        self._waiting: dict[str, dict[str, torch.Tensor]] = {}
+        self._uses = _count_uses(plan)
+
+    def write_shards(self, root: Path) -> list[FileDigest]:
+        total = sum(shard.size_bytes for shard in self._plan.shards)
+        written = 0
+        files = []
+        with ShardWriter(root, buffer_bytes=self._block_bytes) as writer:
+            for shard in self._plan.shards:
+                writer.begin(shard.file, shard.header, shard.size_bytes)
+                for tensor in shard.tensors:
+                    self._write(tensor, writer)
+                    written += tensor.size_bytes
+                    if self._on_progress is not None:
+                        self._on_progress(written, total)
+                files.append(writer.finish())
+        return files
+
+    def check_fast_path(self, root: Path) -> None:
+        """Merge the smallest fast unit by both paths; the bytes must be equal.
+
+        Raises:
+            RunnerError: they are not: this build of torch sums in another order, and nothing may be published.
+        """
+        fast = [tensor for shard in self._plan.shards for tensor in shard.tensors if self._is_fast(tensor)]
+        if not fast:
+            return
+        tensor = min(fast, key=lambda candidate: candidate.size_bytes)
+        header = b""
+        with ShardWriter(root, buffer_bytes=self._block_bytes) as writer:
+            writer.begin("check", header, tensor.size_bytes)
+            self._write_fast(tensor, writer)
+            quick = writer.finish().sha256
+        (root / "check").unlink()
+        assert tensor.change is not None  # noqa: S101  (is_fast)
+        whole = self._unit_merger.merge(tensor.change.unit)["weight"]
+        if hashlib.sha256(tensor_bytes(whole.to(TORCH_DTYPES[tensor.dtype]))).hexdigest() != quick:
+            raise RunnerError(
+                f"The fast path and PEFT disagree on {tensor.name!r}.",
+                why="This build of torch multiplies blocks of rows differently from the whole matrix.",
+                fix="Use the image of this action as it is published, and report the versions in the log.",
+            )
+
+    def _is_fast(self, tensor: TensorPlan) -> bool:
+        unit = self._units.get(tensor.change.unit) if tensor.change else None
+        return unit is not None and is_fast(self._attached, unit, tensor)
+
+    def _write(self, tensor: TensorPlan, writer: ShardWriter) -> None:
+        if tensor.action is Action.MERGE:
+            if self._is_fast(tensor):
+                self._write_fast(tensor, writer)
+            else:
+                self._write_unit(tensor, writer)
+        elif tensor.action is Action.COPY:
+            self._copy(tensor.source, writer)
+        else:
+            self._cast(tensor, writer)
+
+    def _write_fast(self, tensor: TensorPlan, writer: ShardWriter) -> None:
+        assert tensor.change is not None  # noqa: S101  (is_fast)
+        for buffer, filled in self._linear_merger.blocks(self._units[tensor.change.unit], tensor, writer):
+            writer.put(memoryview(buffer.raw[:filled].numpy()), buffer)
+
+    def _write_unit(self, tensor: TensorPlan, writer: ShardWriter) -> None:
+        assert tensor.change is not None  # noqa: S101  (Action.MERGE)
+        unit, parameter = tensor.change.unit, tensor.change.parameter
+        if unit not in self._waiting:
+            self._waiting[unit] = self._unit_merger.merge(unit)
+        exact = self._waiting[unit][parameter]
+        self._uses[unit] -= 1
+        if not self._uses[unit]:
+            del self._waiting[unit]
+        if tuple(exact.shape) != tensor.shape:
+            raise RunnerError(
+                f"The unit {unit!r} gives {tensor.name!r} the shape {list(exact.shape)}, not {list(tensor.shape)}.",
+                why="This version keeps the base's shapes; the adapter was trained after the vocabulary was resized.",
+                fix="Release the adapter unmerged for now.",
+            )
+        rounded = exact.to(TORCH_DTYPES[tensor.dtype])
+        if rounded.dtype is torch.float16:
+            check_range(rounded, exact, tensor.name)
+        writer.put(tensor_bytes(rounded))
+
+    def _copy(self, source: TensorInfo, writer: ShardWriter) -> None:
+        for first in range(0, source.size_bytes, self._block_bytes):
+            count = min(self._block_bytes, source.size_bytes - first)
+            buffer = writer.borrow()
+            view = memoryview(buffer.raw[:count].numpy())
+            self._reader.read_into(view, source, first)
+            writer.put(view, buffer)
+
+    def _cast(self, tensor: TensorPlan, writer: ShardWriter) -> None:
+        stored = self._reader.read(tensor.source)
+        rounded = stored.to(TORCH_DTYPES[tensor.dtype])
+        if rounded.dtype is torch.float16:
+            check_range(rounded, stored, tensor.name)
+        writer.put(tensor_bytes(rounded))
+
+
+def row_bytes(tensor: TensorPlan) -> int:
+    """Return the bytes of one row (of the last dimension) in the wider of input and output dtype."""
+    rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+    return max(tensor.size_bytes, tensor.source.size_bytes) // max(rows, 1) if len(tensor.shape) > 1 else 0
+
+
+def _count_uses(plan: Plan) -> dict[str, int]:
+    uses: dict[str, int] = {}
+    for shard in plan.shards:
+        for tensor in shard.tensors:
+            if tensor.change is not None:
+                uses[tensor.change.unit] = uses.get(tensor.change.unit, 0) + 1
+    return uses
+
+
+def _write_rest(plan: Plan, root: Path) -> list[FileDigest]:
+    files = []
+    for companion in plan.companions:
+        content = copy_companion(companion, root)
+        files.append(_digest(companion.path, content))
+    if plan.index is not None:
+        (root / INDEX_FILE).write_bytes(plan.index)
+        files.append(_digest(INDEX_FILE, plan.index))
+    return files
+
+
+def _digest(path: str, content: bytes) -> FileDigest:
+    return FileDigest(path=path, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+

@@ -1,0 +1,242 @@
+"""Merge units: the outermost PEFT wrappers, each merged alone, from pristine base weights, in float32.
+
+`find_changes` says which stored tensors a unit makes (for the plan); `UnitMerger` makes them (for the merge).
+PEFT does the arithmetic; this room only hands it the right weights and takes the result.
+
+Ties: in PEFT's unmerged model, an adapter on one side of a tied pair leaves the other side alone, so the exact
+merge of a tied base is untied (PEFT's own documentation advises to untie the base first). A pair stays tied only
+when PEFT ties the adapters, too. See docs/decisions/0002.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from runner.attach import Attached
+from runner.checkpoint.reader import FLOATS, Reader
+from runner.errors import UnsupportedAdapter, UnsupportedCheckpoint
+from runner.plan import Added, Change, Changes
+
+# General path: base weights in fp32, the delta, its scaled copy, what the method keeps beside, and the result.
+COPIES_IN_MEMORY = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One outermost PEFT wrapper.
+
+    Attributes:
+        path: of the module in the base model.
+        module: PEFT's wrapper.
+        keys: the base's state-dict keys below `path`.
+    """
+
+    path: str
+    module: nn.Module
+    keys: tuple[str, ...]
+
+    def relative(self, key: str) -> str:
+        """Return `key` without the unit's path, as the merged module names it."""
+        return key[len(self.path) + 1 :]
+
+
+def find_units(attached: Attached) -> dict[str, Unit]:
+    """Return the units of an attached model by path, in the model's order."""
+    units: dict[str, Unit] = {}
+    inside = ""
+    for path, module in attached.model.named_modules():
+        if inside and path.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            keys = tuple(key for key in attached.parameters if key.startswith(path + "."))
+            units[path] = Unit(path=path, module=module, keys=keys)
+            inside = path + "."
+    return units
+
+
+def find_changes(attached: Attached, units: Mapping[str, Unit]) -> Changes:
+    """Return what the units do to the stored tensors.
+
+    Raises:
+        UnsupportedCheckpoint: a touched parameter is not one stored float tensor.
+        UnsupportedAdapter: nothing is touched at all.
+    """
+    by_key = {key: Change(unit=path, parameter=unit.relative(key)) for path, unit in units.items() for key in _changed(unit, attached)}
+    loose = {key: Change(unit=key, parameter="") for key in attached.replaced if not _inside(key, units)}
+    by_key |= loose
+    if not by_key:
+        raise UnsupportedAdapter(
+            "The adapter changes nothing in this base.",
+            why="No module of the model carries any of its weights.",
+            fix="Set `base-model` to the model that the adapter was trained on.",
+        )
+    changed, added, untied = _resolve_ties(attached, units, by_key)
+    for key in by_key:
+        _check_source(attached, key)
+    sizes = [_unit_bytes(attached, unit) for unit in units.values()]
+    notes = []
+    if untied:
+        notes.append("The adapter changes one side of tied embeddings: both sides are written, and the tie is undone.")
+    if not attached.is_lazy:
+        notes.append("This method derives its merge from the base's values: the base is held in memory in float32.")
+        sizes.append(2 * attached.checkpoint.data_bytes)
+    return Changes(
+        changed=changed,
+        added=tuple(sorted(added, key=lambda new: new.name)),
+        config_edits={"tie_word_embeddings": False} if untied else {},
+        modules=len(units) + len(loose),
+        unit_bytes=max(sizes, default=0),
+        adapter_bytes=_adapter_bytes(attached),
+        notes=tuple(notes),
+    )
+
+
+class UnitMerger:
+    """Merges one unit after another through PEFT; each starts from the base as stored."""
+
+    def __init__(self, attached: Attached, units: Mapping[str, Unit], reader: Reader) -> None:
+        self._attached = attached
+        self._units = units
+        self._reader = reader
+
+    def merge(self, path: str) -> dict[str, torch.Tensor]:
+        """Return the unit's merged parameters by their names inside it, un-rounded (float32, on the CPU).
+
+        Raises:
+            UnsupportedAdapter: PEFT has no merge for this layer.
+        """
+        if path in self._attached.replaced and path not in self._units:
+            return {"": self._attached.replaced[path].float()}
+        unit = self._units[path]
+        held = {key: self._attached.parameters[key] for key in unit.keys}
+        originals = {key: tensor.data for key, tensor in held.items()}
+        try:
+            for key, tensor in held.items():
+                tensor.data = self._pristine(key, originals[key])
+            merged = self._unload(unit)
+            wanted = {unit.relative(key) for key in _changed(unit, self._attached)}
+            values = {**dict(merged.named_parameters()), **dict(merged.named_buffers())}
+            return {name: values[name].detach() for name in wanted}
+        finally:
+            for key, tensor in held.items():
+                tensor.data = originals[key]
+
+    def _pristine(self, key: str, current: torch.Tensor) -> torch.Tensor:
+        if key in self._attached.replaced:
+            value = self._attached.replaced[key]
+            return value.float() if value.is_floating_point() else value.clone()
+        if not self._attached.is_lazy:
+            return current.clone()
+        names = self._attached.names.renamed
+        info = self._attached.checkpoint.tensors[names.get(key) or names[self._attached.ties[key]]]
+        value = self._reader.read(info)
+        return value.float() if value.is_floating_point() else value
+
+    def _unload(self, unit: Unit) -> nn.Module:
+        # PEFT's BaseTuner._unload_and_optionally_merge, for this module alone.
+        module = unit.module
+        try:
+            with torch.no_grad():
+                if hasattr(module, "unload_and_optionally_merge_module"):
+                    merged = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+                else:
+                    module.merge(safe_merge=False, adapter_names=None)
+                    merged = module.get_base_layer()
+        except (NotImplementedError, ValueError, RuntimeError, TypeError) as error:
+            raise UnsupportedAdapter(
+                f"PEFT cannot merge {unit.path!r}: {str(error).strip()[:300]}",
+                why=f"{type(module).__name__} has no merge for these options.",
+                fix="Release the adapter unmerged, or train it without the option that the message names.",
+            ) from error
+        return merged
+
+
+def _changed(unit: Unit, attached: Attached) -> list[str]:
+    is_plain = isinstance(unit.module, LoraLayer) and not any(unit.module.lora_bias.values())
+    if is_plain and f"{unit.path}.weight" in unit.keys:  # a bias below a LoRA layer stays, unless it was trained
+        return [key for key in unit.keys if unit.relative(key) == "weight" or key in attached.replaced]
+    return list(unit.keys)
+
+
+def _inside(key: str, units: Mapping[str, Unit]) -> bool:
+    parts = key.split(".")
+    return any(".".join(parts[:count]) in units for count in range(1, len(parts)))
+
+
+def _resolve_ties(
+    attached: Attached, units: Mapping[str, Unit], by_key: Mapping[str, Change]
+) -> tuple[dict[str, Change], list[Added], bool]:
+    stored = attached.names.renamed
+    changed = {stored[key]: change for key, change in by_key.items() if key in stored}
+    added: list[Added] = []
+    untied = False
+    for target, source in attached.ties.items():
+        pair = by_key.get(target), by_key.get(source)
+        if not any(pair) or _adapters_are_tied(attached, units, pair):
+            continue
+        untied = True
+    if untied:
+        for target, source in attached.ties.items():
+            if target not in stored:
+                added.append(Added(name=target, beside=stored[source], change=by_key.get(target)))
+    return changed, added, untied
+
+
+def _adapters_are_tied(
+    attached: Attached, units: Mapping[str, Unit], pair: tuple[Change | None, Change | None]
+) -> bool:
+    target, source = pair
+    if target is None or source is None or target.unit not in units or source.unit not in units:
+        return False
+    if attached.adapter.config.get("ensure_weight_tying"):
+        return True
+    own = set(_adapter_storages(attached, units[target.unit]))
+    return own <= set(_adapter_storages(attached, units[source.unit]))
+
+
+def _adapter_storages(attached: Attached, unit: Unit) -> Iterator[int]:
+    base = {id(tensor) for tensor in attached.parameters.values()}
+    for tensor in unit.module.parameters():
+        if id(tensor) not in base:
+            yield tensor.untyped_storage().data_ptr()
+
+
+def _check_source(attached: Attached, key: str) -> None:
+    stored = attached.names.renamed.get(key) or attached.names.renamed.get(attached.ties.get(key, ""))
+    if stored is None:
+        sources = attached.names.converted.get(key, ())
+        raise UnsupportedCheckpoint(
+            f"The adapter changes {key!r}, which the base stores as {len(sources)} tensors.",
+            why="transformers joins them on loading; this version merges only parameters that are stored as one.",
+            fix="Release the adapter unmerged for now.",
+        )
+    info = attached.checkpoint.tensors[stored]
+    if info.dtype not in FLOATS:
+        raise UnsupportedCheckpoint(
+            f"The adapter changes {stored!r}, which the base stores as {info.dtype}.",
+            why="Only BF16, F16 and F32 weights are merged exactly.",
+            fix="Set `base-model` to the 16-bit model that it was made from.",
+        )
+
+
+def _unit_bytes(attached: Attached, unit: Unit) -> int:
+    return COPIES_IN_MEMORY * sum(4 * prod(attached.parameters[key].shape) for key in unit.keys)
+
+
+def _adapter_bytes(attached: Attached) -> int:
+    base = {id(tensor) for tensor in attached.parameters.values()}
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for tensor in attached.peft_model.parameters()
+        if id(tensor) not in base
+    )
+
+

@@ -1,0 +1,151 @@
+"""What the judge found, as data: a `Verdict` of `Check`s. No torch, so that every room may read it.
+
+A failed verdict is a result, not an exception: it carries the full report, and the run ends with exit code 8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Status(StrEnum):
+    """The whole verdict."""
+
+    PASS = "PASS"
+    PASS_LOSSY = "PASS_LOSSY"  # exact, but the output dtype kept less than 0.9 of the adapter
+    FAIL = "FAIL"
+    NOT_VERIFIED = "NOT_VERIFIED"  # a gating layer did not run
+
+
+class Layer(StrEnum):
+    """The parts of the claim, in the order in which they are judged."""
+
+    STRUCTURE = "structure"
+    STORAGE = "storage"
+    SEMANTICS = "semantics"
+    END_TO_END = "end_to_end"
+    QUALITY = "quality"
+
+
+class Outcome(StrEnum):
+    """One check."""
+
+    PASS = "PASS"
+    FAIL = "FAIL"
+    WARN = "WARN"  # reported, gates nothing
+    SKIPPED = "SKIPPED"  # did not run; never counts as passed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One question with its answer.
+
+    Attributes:
+        layer: which part of the claim it belongs to.
+        name: a short claim, such as "untouched tensors are the base's bytes".
+        outcome: what was found.
+        value: the measured number, or None where there is none.
+        limit: what `value` was held against, or None.
+        detail: one sentence; on a failure it names the worst tensor, index, expected and found.
+    """
+
+    layer: Layer
+    name: str
+    outcome: Outcome
+    value: float | None = None
+    limit: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleRow:
+    """One module that the adapter changes.
+
+    Attributes:
+        name: its path in the model.
+        tensor: the stored tensor that holds its weight.
+        probe_error: ‖Ex − f(x)‖/‖f(x) − Wx‖ in fp64, or None where no probe applies (copies).
+        delta_ratio: ‖ΔW‖/‖W‖.
+        retention: <W'−W, ΔW>/‖ΔW‖², what the output dtype kept of the delta.
+    """
+
+    name: str
+    tensor: str
+    probe_error: float | None
+    delta_ratio: float
+    retention: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continuation:
+    """What base, unmerged and merged model say after one prompt (greedy, same length)."""
+
+    prompt: str
+    base: str
+    unmerged: str
+    merged: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """What rounding to the output dtype costs; reported, gates nothing.
+
+    Attributes:
+        retention: over all changed tensors together; 1.0 is everything.
+        effect: centred rms of unmerged − base logits over the std of the unmerged logits.
+        effect_error: centred rms of merged − unmerged logits over the rms of unmerged − base.
+        kl_mean_nats: mean KL(unmerged ‖ merged) per token.
+        kl_p99_nats: its 99th percentile.
+        kl_base_mean_nats: mean KL(unmerged ‖ base), for comparison.
+        top1_agreement: share of tokens with the same most likely successor.
+        nll_base_nats: mean negative log-likelihood of the prompts' own tokens, base.
+        nll_unmerged_nats: the same, unmerged.
+        nll_merged_nats: the same, merged.
+        tokens: how many positions were compared.
+    """
+
+    retention: float
+    effect: float
+    effect_error: float
+    kl_mean_nats: float
+    kl_p99_nats: float
+    kl_base_mean_nats: float
+    top1_agreement: float
+    nll_base_nats: float
+    nll_unmerged_nats: float
+    nll_merged_nats: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The judge's whole answer.
+
+    Attributes:
+        status: decided by `decide` from the checks.
+        checks: in the order in which they ran.
+        modules: one row per changed module.
+        quality: None where the outputs were not compared.
+        continuations: for the human reader.
+        seed: of all random probes and prompts.
+        wall_s: seconds the judgement took.
+    """
+
+    status: Status
+    checks: tuple[Check, ...]
+    modules: tuple[ModuleRow, ...]
+    quality: Quality | None
+    continuations: tuple[Continuation, ...]
+    seed: int
+    wall_s: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the merge may be published."""
+        return self.status in (Status.PASS, Status.PASS_LOSSY)
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        """The checks that failed."""
+        return tuple(check for check in self.checks if check.outcome is Outcome.FAIL)
