@@ -25,8 +25,9 @@ MAX_CONFIG_BYTES = 10_000_000
 SCAN_BYTES = 4 << 20
 
 MERGEABLE = frozenset(
-    """LORA ADALORA LOHA LOKR IA3 OFT BOFT VERA PVERA FOURIERFT WAVEFT HRA VBLORA UNILORA MISS RANDLORA ROAD HIRA SHIRA C3A
-    OSF DELORA GRALORA TINYLORA PSOFT PEANUT SUPERTUNING DEFT FROD GLORA BEFT ADAMSS LN_TUNING TRAINABLE_TOKENS""".split()
+    """LORA ADALORA LOHA LOKR IA3 OFT BOFT VERA PVERA FOURIERFT WAVEFT HRA VBLORA UNILORA MISS RANDLORA ROAD HIRA
+    SHIRA C3A OSF DELORA GRALORA TINYLORA PSOFT PEANUT SUPERTUNING DEFT FROD GLORA BEFT ADAMSS LN_TUNING
+    TRAINABLE_TOKENS""".split()
 )
 NOT_MERGEABLE: Mapping[str, str] = MappingProxyType(
     {
@@ -45,7 +46,7 @@ NOT_MERGEABLE: Mapping[str, str] = MappingProxyType(
 REFUSED_FIELDS: Mapping[str, str] = MappingProxyType(
     {
         "layer_replication": "the model would have more layers than the base, and PEFT does not merge that",
-        "alora_invocation_tokens": "the adapter acts only after its invocation tokens, so that no fixed weight equals it",
+        "alora_invocation_tokens": "it acts only after its invocation tokens, so that no fixed weight equals it",
         "arrow_config": "the router picks adapters by the input, so that no fixed weight equals it",
         "megatron_config": "it needs Megatron layers, which a transformers checkpoint does not have",
         "lora_B_layout": "its expert tensors are packed in another order than PEFT reads",
@@ -171,7 +172,7 @@ def _read_weights(root: Path) -> TensorFile:
 
 def _check_finite(root: Path, file: TensorFile) -> None:
     # numpy has no bfloat16, so the test is on the bits: all exponent bits set means Inf or NaN.
-    import numpy as np  # noqa: PLC0415  (0.1 s that `--help` and input errors need not wait for)
+    import numpy as np
 
     with (root / file.name).open("rb") as stream:
         for tensor in file.tensors:

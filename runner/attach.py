@@ -89,7 +89,7 @@ def attach(checkpoint: Checkpoint, adapter: Adapter) -> Attached:
     model = _empty_model(checkpoint)
     names = map_names(model, checkpoint.tensors)
     _fill(model, checkpoint, names, in_memory=not is_lazy)
-    ties = _tie(model, checkpoint, names)
+    ties = _tie(model, names)
     parameters = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     before = {key: (tensor.data_ptr(), tensor._version) for key, tensor in parameters.items()}
     peft_model = _wrap(model, config, adapter)
@@ -201,7 +201,7 @@ def _assign(model: nn.Module, key: str, tensor: torch.Tensor) -> None:
         module._buffers[name] = tensor
 
 
-def _tie(model: PreTrainedModel, checkpoint: Checkpoint, names: StoredNames) -> dict[str, str]:
+def _tie(model: PreTrainedModel, names: StoredNames) -> dict[str, str]:
     # As transformers v5 does on loading: a target that is stored, too, and differs from its source is not tied.
     ties: dict[str, str] = {}
     stored = names.renamed
@@ -260,7 +260,7 @@ def _load(peft_model: PeftModel, adapter: Adapter) -> dict[str, torch.Tensor]:
 
     # PEFT maps file names to parameters inside this call; listening in on its last step is the only way to learn
     # the mapping without repeating it.
-    peft_model.load_state_dict = recording  # type: ignore[method-assign]
+    peft_model.load_state_dict = recording
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -331,11 +331,10 @@ def _lookup(module: nn.Module, key: str) -> torch.Tensor | None:
     return found if found is not None else owner._buffers.get(name)
 
 
-
-
 def _unplaced(keys: list[str], adapter: Adapter) -> AdapterMismatch:
     return AdapterMismatch(
-        f"Nothing in the base takes the adapter tensor {keys[0]!r}" + (f" (nor {len(keys) - 1} more)." if keys[1:] else "."),
+        f"Nothing in the base takes the adapter tensor {keys[0]!r}"
+        + (f" (nor {len(keys) - 1} more)." if keys[1:] else "."),
         why=f"The adapter says that it was trained on {adapter.base_model!r}; PEFT would drop the tensor silently.",
         fix="Set `base-model` to the model that the adapter was trained on.",
     )

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
 from runner.attach import ADAPTER_NAME, Attached
-from runner.checkpoint.reader import FLOATS, TORCH_DTYPES, Reader
+from runner.checkpoint.reader import FLOATS, TORCH_DTYPES, Reader, tensor_bytes
 from runner.checkpoint.writer import Buffer, ShardWriter
 from runner.errors import UnsupportedAdapter
 from runner.plan import TensorPlan
@@ -39,7 +39,9 @@ def is_fast(attached: Attached, unit: Unit, tensor: TensorPlan) -> bool:
         and not module.lora_variant
         and not any(module.lora_bias.values())
         and not module.fan_in_fan_out
-        and all(part.weight.dtype is torch.float32 for part in (module.lora_A[ADAPTER_NAME], module.lora_B[ADAPTER_NAME]))
+        and all(
+            part.weight.dtype is torch.float32 for part in (module.lora_A[ADAPTER_NAME], module.lora_B[ADAPTER_NAME])
+        )
     )
 
 
@@ -74,7 +76,7 @@ class LinearMerger:
             raw = buffer.raw if source is output else self._input
             base = raw[: count * columns * source.itemsize].view(source).view(count, columns)
             offset = first * columns * source.itemsize
-            self._reader.read_into(memoryview(base.view(-1).view(torch.uint8).numpy()), tensor.source, offset)
+            self._reader.read_into(tensor_bytes(base), tensor.source, offset)
             block = self._scratch[: count * columns].view(count, columns)
             torch.mm(lora_B[first : first + count], lora_A, out=block)
             block.mul_(scaling).add_(base)

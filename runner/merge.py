@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from runner.attach import Attached
 from runner.checkpoint.digests import FileDigest, MergedCheckpoint
 from runner.checkpoint.layout import INDEX_FILE, TensorInfo
 from runner.checkpoint.reader import TORCH_DTYPES, Reader, tensor_bytes
@@ -23,20 +22,17 @@ from runner.companions import copy_companion
 from runner.errors import RunnerError
 from runner.fast import LinearMerger, check_range, is_fast
 from runner.plan import Action, Plan, TensorPlan
-from runner.units import Unit, UnitMerger
+from runner.prepare import Prepared
+from runner.units import UnitMerger
 
 Progress = Callable[[int, int], None]
 
 
-def merge(
-    plan: Plan, attached: Attached, units: Mapping[str, Unit], *, into: Path, on_progress: Progress | None = None
-) -> MergedCheckpoint:
-    """Carry out `plan` and return the finished folder `into`, which must not exist before.
+def merge(prepared: Prepared, *, into: Path, on_progress: Progress | None = None) -> MergedCheckpoint:
+    """Carry out the plan and return the finished folder `into`, which must not exist before.
 
     Args:
-        plan: of the same base and adapter as `attached`.
-        attached: base and adapter.
-        units: of `attached`, by path.
+        prepared: base and adapter attached, and the plan; used once.
         into: appears by rename when everything is written.
         on_progress: called with (bytes written, bytes in all) after every tensor.
 
@@ -49,8 +45,9 @@ def merge(
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
+    plan, attached = prepared.plan, prepared.attached
     with Reader(attached.checkpoint) as reader, torch.inference_mode():
-        job = _Job(plan, attached, units, reader, on_progress)
+        job = _Job(prepared, reader, on_progress)
         job.check_fast_path(partial)
         files = job.write_shards(partial)
         read_bytes = reader.read_bytes
@@ -72,15 +69,14 @@ def merge(
 class _Job:
     """One merge under way: what is needed for every tensor, and the parts of units that are still to be written."""
 
-    def __init__(
-        self, plan: Plan, attached: Attached, units: Mapping[str, Unit], reader: Reader, on_progress: Progress | None
-    ) -> None:
+    def __init__(self, prepared: Prepared, reader: Reader, on_progress: Progress | None) -> None:
+        plan = prepared.plan
         self._plan = plan
-        self._attached = attached
-        self._units = units
+        self._attached = prepared.attached
+        self._units = prepared.units
         self._reader = reader
         self._on_progress = on_progress
-        self._unit_merger = UnitMerger(attached, units, reader)
+        self._unit_merger = UnitMerger(prepared.attached, prepared.units, reader)
         widest = max((row_bytes(tensor) for shard in plan.shards for tensor in shard.tensors), default=0)
         self._block_bytes = max(BUFFER_BYTES, widest)
         self._linear_merger = LinearMerger(reader, self._block_bytes)
@@ -145,7 +141,7 @@ class _Job:
     def _write_fast(self, tensor: TensorPlan, writer: ShardWriter) -> None:
         assert tensor.change is not None  # noqa: S101  (is_fast)
         for buffer, filled in self._linear_merger.blocks(self._units[tensor.change.unit], tensor, writer):
-            writer.put(memoryview(buffer.raw[:filled].numpy()), buffer)
+            writer.put(tensor_bytes(buffer.raw[:filled]), buffer)
 
     def _write_unit(self, tensor: TensorPlan, writer: ShardWriter) -> None:
         assert tensor.change is not None  # noqa: S101  (Action.MERGE)
@@ -171,7 +167,7 @@ class _Job:
         for first in range(0, source.size_bytes, self._block_bytes):
             count = min(self._block_bytes, source.size_bytes - first)
             buffer = writer.borrow()
-            view = memoryview(buffer.raw[:count].numpy())
+            view = tensor_bytes(buffer.raw[:count])
             self._reader.read_into(view, source, first)
             writer.put(view, buffer)
 
@@ -211,5 +207,3 @@ def _write_rest(plan: Plan, root: Path) -> list[FileDigest]:
 
 def _digest(path: str, content: bytes) -> FileDigest:
     return FileDigest(path=path, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-
-

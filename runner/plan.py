@@ -235,10 +235,8 @@ def _plan_shard(
 
 def _plan_tensor(name: str, source: TensorInfo, change: Change | None, dtype: str | None) -> TensorPlan:
     output = dtype if dtype is not None and source.dtype in CASTABLE else source.dtype
-    if change is not None:
-        action = Action.MERGE
-    else:
-        action = Action.COPY if output == source.dtype else Action.CAST
+    unchanged = Action.COPY if output == source.dtype else Action.CAST
+    action = unchanged if change is None else Action.MERGE
     return TensorPlan(name=name, dtype=output, shape=source.shape, action=action, source=source, change=change)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -35,12 +36,12 @@ class Unit:
 
     Attributes:
         path: of the module in the base model.
-        module: PEFT's wrapper.
+        module: PEFT's wrapper; untyped, since every tuner has its own attributes.
         keys: the base's state-dict keys below `path`.
     """
 
     path: str
-    module: nn.Module
+    module: Any
     keys: tuple[str, ...]
 
     def relative(self, key: str) -> str:
@@ -69,7 +70,11 @@ def find_changes(attached: Attached, units: Mapping[str, Unit]) -> Changes:
         UnsupportedCheckpoint: a touched parameter is not one stored float tensor.
         UnsupportedAdapter: nothing is touched at all.
     """
-    by_key = {key: Change(unit=path, parameter=unit.relative(key)) for path, unit in units.items() for key in _changed(unit, attached)}
+    by_key = {
+        key: Change(unit=path, parameter=unit.relative(key))
+        for path, unit in units.items()
+        for key in _changed(unit, attached)
+    }
     loose = {key: Change(unit=key, parameter="") for key in attached.replaced if not _inside(key, units)}
     by_key |= loose
     if not by_key:
@@ -146,7 +151,9 @@ class UnitMerger:
         try:
             with torch.no_grad():
                 if hasattr(module, "unload_and_optionally_merge_module"):
-                    merged = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+                    merged: nn.Module = module.unload_and_optionally_merge_module(
+                        merge=True, safe_merge=False, adapter_names=None
+                    )
                 else:
                     module.merge(safe_merge=False, adapter_names=None)
                     merged = module.get_base_layer()
@@ -234,9 +241,5 @@ def _unit_bytes(attached: Attached, unit: Unit) -> int:
 def _adapter_bytes(attached: Attached) -> int:
     base = {id(tensor) for tensor in attached.parameters.values()}
     return sum(
-        tensor.numel() * tensor.element_size()
-        for tensor in attached.peft_model.parameters()
-        if id(tensor) not in base
+        tensor.numel() * tensor.element_size() for tensor in attached.peft_model.parameters() if id(tensor) not in base
     )
-
-

@@ -54,9 +54,9 @@ class MergedCheckpoint:
 
 
 def digest_of(files: Iterable[FileDigest]) -> str:
-    """Return sha256 over the lines `<sha256>  <path>\\n` sorted by path: 64 hex digits.
+    """Return sha256 over the lines that `sha256sum` prints for the files, sorted by path: 64 hex digits.
 
-    The same as `sha256sum` of the output of `sha256sum <paths in C order>`.
+    A line is the sha256, two spaces, the path and a line feed.
     """
     lines = sorted(f"{file.path}\0{file.sha256}" for file in files)
     text = "".join(f"{sha256}  {path}\n" for path, sha256 in (line.split("\0") for line in lines))

@@ -112,7 +112,7 @@ def read_checkpoint(root: Path) -> Checkpoint:
     index = root / INDEX_FILE
     single = root / SINGLE_FILE
     if single.is_file():  # transformers prefers it, too, when a folder has both
-        files = (read_tensor_file(root, SINGLE_FILE),)
+        files: tuple[TensorFile, ...] = (read_tensor_file(root, SINGLE_FILE),)
         return Checkpoint(root=root, files=files, tensors=_by_name(files), is_indexed=False)
     if index.is_file():
         weight_map = read_weight_map(index)
@@ -172,7 +172,8 @@ def read_tensor_file(root: Path, name: str) -> TensorFile:
         raise _broken(name, f"it cannot be read ({error.strerror})") from error
     entries, metadata = _parse_header(name, text)
     begin = 8 + length
-    tensors = tuple(sorted((_tensor(name, key, entry, begin) for key, entry in entries), key=lambda t: (t.start, t.end)))
+    found = (_tensor(name, key, entry, begin) for key, entry in entries)
+    tensors = tuple(sorted(found, key=lambda tensor: (tensor.start, tensor.end)))
     _check_cover(name, tensors, begin, size_bytes)
     return TensorFile(name=name, header=prefix + text, metadata=metadata, tensors=tensors, size_bytes=size_bytes)
 
@@ -242,7 +243,7 @@ def _check_cover(name: str, tensors: tuple[TensorInfo, ...], begin: int, size_by
     expected = begin
     for tensor in tensors:
         if tensor.start != expected:
-            raise _broken(name, f"{tensor.name!r} starts at byte {tensor.start}, but the data before it ends at {expected}")
+            raise _broken(name, f"{tensor.name!r} starts at byte {tensor.start}, the data before it ends at {expected}")
         expected = tensor.end
     if expected != size_bytes:
         raise _broken(name, f"its header describes {expected} bytes, but it has {size_bytes}")

@@ -69,7 +69,7 @@ class Reader:
     def read(self, tensor: TensorInfo) -> torch.Tensor:
         """Return the tensor, freshly allocated, in its stored dtype and shape."""
         raw = torch.empty(tensor.size_bytes, dtype=torch.uint8)
-        self.read_into(memoryview(raw.numpy()), tensor)
+        self.read_into(raw.numpy().data, tensor)
         return raw.view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
 
     def _descriptor(self, file: str) -> int:
@@ -82,4 +82,4 @@ class Reader:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the tensor's bytes, without a copy when it is contiguous."""
-    return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,1 @@
+"""Programs that measure us beside others, side by side in one run."""

@@ -1,0 +1,218 @@
+"""The model card of a release: README.md with metadata for the Hub and text for people. Pure: facts in, bytes out.
+
+Equal facts give equal bytes. No local path, time or run is told; a local base or adapter is named by its digest.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+import yaml
+
+from runner.inherited import Inherited
+from runner.markdown import code, escape, table
+from runner.provenance import MANIFEST, MergeFacts, Origin, quality_numbers, rounded
+from runner.verify.verdict import Check, Quality, Status, Verdict
+
+OWN_TAG = "lora-merge"
+
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9._/-]*")
+
+_QUALITIES = {
+    "retention": "of the adapter's change kept by the output dtype",
+    "effect": "effect of the adapter on the logits (rms, over their std)",
+    "effect_error": "error of the merged logits, over that effect",
+    "kl_mean_nats": "mean KL from unmerged to merged, nats per token",
+    "kl_p99_nats": "its 99th percentile",
+    "kl_base_mean_nats": "mean KL from unmerged to base, for comparison",
+    "top1_agreement": "tokens with the same most likely successor",
+    "tokens": "tokens compared",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardFacts:
+    """Everything that a card says.
+
+    Attributes:
+        repo_id: where the release goes.
+        tag: its name.
+        origin: what went in.
+        facts: what the merge did.
+        merged_digest: of the files of the merged folder.
+        verdict: what the judge said.
+        inherited: metadata of base and adapter.
+    """
+
+    repo_id: str
+    tag: str
+    origin: Origin
+    facts: MergeFacts
+    merged_digest: str
+    verdict: Verdict
+    inherited: Inherited
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that some YAML parser could take for something else, such as `1e3` or `0x1F`."""
+
+
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = None if _PLAIN.fullmatch(text) else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _quoted)
+
+
+def make_card(facts: CardFacts) -> bytes:
+    """Return README.md: YAML front matter and Markdown, UTF-8."""
+    parts = [
+        f"---\n{_front_matter(facts)}---",
+        f"# {escape(facts.repo_id.rpartition('/')[2])}",
+        _story(facts),
+        "## Use",
+        _use(facts),
+        "## Verification",
+        _verification(facts.verdict),
+        "## Provenance",
+        _provenance(facts),
+        "## Check it yourself",
+        _check_it(facts),
+    ]
+    return ("\n\n".join(parts) + "\n").encode()
+
+
+def _front_matter(facts: CardFacts) -> str:
+    inherited, origin = facts.inherited, facts.origin
+    fields: dict[str, str | list[str] | None] = {
+        "base_model": origin.base_repo_id,
+        "base_model_relation": "finetune" if origin.base_repo_id else None,
+        "library_name": "transformers",
+        "license": inherited.licence,
+        "license_name": inherited.licence_name,
+        "license_link": inherited.licence_link,
+        "language": list(inherited.languages),
+        "pipeline_tag": inherited.pipeline_tag,
+        "datasets": list(inherited.datasets),
+        "tags": [OWN_TAG, *(tag for tag in inherited.tags if tag != OWN_TAG)],
+    }
+    said = {key: value for key, value in fields.items() if value}
+    return yaml.dump(said, Dumper=_Dumper, sort_keys=False, allow_unicode=False, default_flow_style=False, width=10_000)
+
+
+def _story(facts: CardFacts) -> str:
+    merge = facts.facts
+    counts = f"{merge.tensors_merged} tensors were changed, {merge.tensors_copied} are the base's bytes"
+    counts += f", {merge.tensors_cast} were cast" if merge.tensors_cast else ""
+    counts += f", {merge.tensors_added} were added" if merge.tensors_added else ""
+    return (
+        f"This is {_base(facts.origin)} with the {escape(merge.peft_type)} adapter {_adapter(facts.origin)} merged "
+        f"into its weights ({code(merge.output_dtype)}). It loads as any transformers model; PEFT is not needed. "
+        f"{counts}."
+    )
+
+
+def _use(facts: CardFacts) -> str:
+    repo_id, tag = json.dumps(facts.repo_id), json.dumps(facts.tag)
+    return (
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({repo_id}, revision={tag})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({repo_id}, revision={tag})\n"
+        "```\n\n"
+        f"Pin the tag {code(facts.tag)}, or better the commit that it points to."
+    )
+
+
+def _verification(verdict: Verdict) -> str:
+    says = {
+        Status.PASS: "The merge was judged before it was published, by code that shares nothing with the merge.",
+        Status.PASS_LOSSY: "The merge is exact, but the output dtype kept less than 0.9 of the adapter's change.",
+    }.get(verdict.status, "The merge did not pass.")
+    rows = [_check_row(check) for check in verdict.checks]
+    parts = [f"Verdict: **{verdict.status.value.replace('_', ' ')}**. {says}"]
+    if rows:
+        parts.append(table(["Part", "Claim", "Outcome", "Measured", "Limit"], rows))
+    if verdict.quality is not None:
+        parts.append(_quality(verdict.quality))
+    return "\n\n".join(parts)
+
+
+def _check_row(check: Check) -> list[str]:
+    value, limit = rounded(check.value), rounded(check.limit)
+    return [
+        escape(check.layer.value.replace("_", " ")),
+        escape(check.name),
+        check.outcome.value,
+        "" if value is None else f"{value:g}",
+        "" if limit is None else f"{limit:g}",
+    ]
+
+
+def _quality(quality: Quality) -> str:
+    numbers = quality_numbers(quality) or {}
+    rows = [[escape(text), "" if numbers[name] is None else f"{numbers[name]:g}"] for name, text in _QUALITIES.items()]
+    return "What rounding to the output dtype costs (reported, not judged):\n\n" + table(["Quality", "Value"], rows)
+
+
+def _provenance(facts: CardFacts) -> str:
+    origin = facts.origin
+    rows = [
+        ["base", _base(origin)],
+        [
+            "base revision" if origin.base_commit else "base digest",
+            code(origin.base_commit or origin.base_digest or ""),
+        ],
+        ["adapter", _adapter(origin)],
+        ["adapter digest", code(origin.adapter_digest)],
+        ["merged digest", code(facts.merged_digest)],
+        ["input digest", code(origin.input_digest())],
+        ["dtype", code(origin.dtype)],
+        ["made by", code(f"lora-merge-action {origin.version}")],
+    ]
+    if origin.adapter_commit:
+        rows.insert(3, ["adapter revision", code(origin.adapter_commit)])
+    return table(["", ""], rows)
+
+
+def _check_it(facts: CardFacts) -> str:
+    origin = facts.origin
+    rows = [
+        ["mode", code("verify")],
+        ["merged-path", code(f"{facts.repo_id}@{facts.tag}")],
+        ["base-model", code(origin.base_repo_id) if origin.base_repo_id else _base(origin)],
+        ["base-revision", code(origin.base_commit) if origin.base_commit else ""],
+        ["adapter-path", _adapter_reference(origin)],
+    ]
+    return (
+        f"{code(MANIFEST)} lists size and sha256 of every file. "
+        "To judge the merge again, run lora-merge-action with\n\n"
+        + table(["Input", "Value"], [row for row in rows if row[1]])
+    )
+
+
+def _base(origin: Origin) -> str:
+    return (
+        code(origin.base_repo_id)
+        if origin.base_repo_id
+        else f"a local base (digest {code(_short(origin.base_digest))})"
+    )
+
+
+def _adapter(origin: Origin) -> str:
+    if origin.adapter_repo_id:
+        return code(origin.adapter_repo_id)
+    return f"from a local folder (digest {code(_short(origin.adapter_digest))})"
+
+
+def _adapter_reference(origin: Origin) -> str:
+    if origin.adapter_repo_id and origin.adapter_commit:
+        return code(f"{origin.adapter_repo_id}@{origin.adapter_commit}")
+    return f"the folder with the digest {code(_short(origin.adapter_digest))}"
+
+
+def _short(digest: str | None) -> str:
+    return (digest or "unknown")[:16]

@@ -1,0 +1,142 @@
+"""What the worker says, one JSON object a line: its phases, its progress, its results, and why it failed.
+
+The supervisor alone turns them into log lines, outputs and publishing. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.checkpoint.digests import MergedCheckpoint
+from runner.errors import Problem
+from runner.plan import PlanSummary
+from runner.verify.verdict import Verdict
+from runner.wire import from_data, to_data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What the worker is to do; the one thing that it is told. Local folders only, no token, no address.
+
+    Attributes:
+        base: folder of the base.
+        adapter: folder of the adapter.
+        merged: folder to write, or to judge when `merges` is False.
+        merges: whether to merge.
+        verifies: whether to judge.
+        dtype: "auto", "bfloat16", "float16" or "float32".
+        device: "auto", "cuda" or "cpu".
+        prompts: the user's own, added to the built-in ones.
+        seed: of every random probe.
+    """
+
+    base: Path
+    adapter: Path
+    merged: Path
+    merges: bool
+    verifies: bool
+    dtype: str
+    device: str
+    prompts: tuple[str, ...]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """The worker has imported its libraries.
+
+    Attributes:
+        versions: library → version.
+        cuda_device: name of the GPU it can compute on, or None.
+        cuda_problem: why it cannot, where there is something to say.
+    """
+
+    versions: dict[str, str]
+    cuda_device: str | None
+    cuda_problem: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseStarted:
+    """The worker begins a phase: "plan", "merge" or "verify"."""
+
+    phase: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a phase is: `done` of `total` (bytes in "merge", parts of 1 in "verify"), and what is done now."""
+
+    phase: str
+    done: float
+    total: float
+    doing: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """The plan is made, and nothing was read but headers."""
+
+    summary: PlanSummary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """The merged folder is complete.
+
+    Attributes:
+        checkpoint: what is in it.
+        peak_rss_bytes: highest resident memory of the worker so far, file pages included.
+    """
+
+    checkpoint: MergedCheckpoint
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """The judge has spoken."""
+
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """The worker gives up, with the name of the error's class."""
+
+    family: str
+    problem: Problem
+
+
+Event = Ready | PhaseStarted | Progress | Planned | Merged | Judged | Failed
+_KINDS: dict[str, type[Event]] = {
+    kind.__name__: kind for kind in (Ready, PhaseStarted, Progress, Planned, Merged, Judged, Failed)
+}
+
+
+def encode(event: Event | Job) -> str:
+    """Return the event as one line of JSON, line feed included."""
+    return json.dumps({"event": type(event).__name__, "data": to_data(event)}) + "\n"
+
+
+def decode(line: str) -> Event:
+    """Return the event in `line`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    message = json.loads(line)
+    if not isinstance(message, dict) or message.get("event") not in _KINDS:
+        raise ValueError(f"not an event: {line[:100]!r}")
+    return from_data(_KINDS[message["event"]], message["data"])
+
+
+def decode_job(line: str) -> Job:
+    """Return the job in `line`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return from_data(Job, json.loads(line)["data"])

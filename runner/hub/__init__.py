@@ -1,0 +1,24 @@
+"""The Hub: what is read from it, what may be written to it, and how its failures are told.
+
+`connect` gives a `Hub`; `Hub.snapshot` turns a reference into a folder at an exact commit; `Hub.inspect_target` is the
+preflight of a publish. huggingface_hub is imported on first use, because the supervisor must start quickly.
+"""
+
+from runner.hub.client import MANIFEST, Hub, connect
+from runner.hub.preflight import BRANCH, Refs, Target
+from runner.hub.snapshot import RemoteFile, Snapshot, Tree, content_digest
+from runner.hub.transport import Patience
+
+__all__ = [
+    "BRANCH",
+    "MANIFEST",
+    "Hub",
+    "Patience",
+    "Refs",
+    "RemoteFile",
+    "Snapshot",
+    "Target",
+    "Tree",
+    "connect",
+    "content_digest",
+]

@@ -1,0 +1,108 @@
+"""Which files of a repository a snapshot holds. Pure: names in, names out.
+
+Never taken: pickled weights, other formats (GGUF, ONNX …), duplicates (`original/`, `consolidated*`), checkpoints of
+the training. Python files of a base are taken, because a model that needs them is useless without; none is ever run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from runner.checkpoint.layout import INDEX_FILE, SINGLE_FILE
+from runner.errors import BrokenAdapter, BrokenCheckpoint, UnsupportedAdapter, UnsupportedCheckpoint
+
+Kind = Literal["adapter", "base", "merged"]
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+_TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")
+_NOTICES = ("license", "licence", "notice", "use_policy", "copying")
+_NOTICE_SUFFIXES = ("", "txt", "md", "pdf", "rst", "html")
+_TEMPLATES = "additional_chat_templates/"
+
+
+def weights_or_index(paths: Iterable[str], *, named: str) -> str:
+    """Return the file that says where a base's weights are: the single file, else the index.
+
+    Raises:
+        UnsupportedCheckpoint: pickled weights only.
+        BrokenCheckpoint: no config, or no weights at all.
+    """
+    present = set(paths)
+    if "config.json" not in present:
+        raise BrokenCheckpoint(
+            f"{named} has no config.json.",
+            why="It is not a transformers checkpoint; an adapter alone is not one either.",
+            fix="Check `base-model` (for `verify`: `merged-path`) and its revision.",
+        )
+    for name in (SINGLE_FILE, INDEX_FILE):  # the order in which transformers looks
+        if name in present:
+            return name
+    if any(path.endswith((".bin", ".pt", ".pth")) for path in present):
+        raise UnsupportedCheckpoint(
+            f"{named} has pickled weights only.",
+            why="Unpickling can run code, so only safetensors are read.",
+            fix="Use a revision with safetensors, or convert it once on a machine you can lose.",
+        )
+    raise BrokenCheckpoint(
+        f"{named} has neither {SINGLE_FILE} nor {INDEX_FILE}.",
+        why="A base model needs one of them beside its config.json.",
+        fix="Check `base-model` and its revision: is it a transformers checkpoint?",
+    )
+
+
+def check_adapter(paths: Iterable[str], *, named: str) -> None:
+    """Refuse a repository that is no PEFT adapter in safetensors, before anything is downloaded.
+
+    Raises:
+        BrokenAdapter: no config, or no weights.
+        UnsupportedAdapter: pickled weights only.
+    """
+    present = set(paths)
+    if ADAPTER_CONFIG not in present:
+        raise BrokenAdapter(
+            f"{named} has no {ADAPTER_CONFIG}.",
+            why="It is not a PEFT adapter, or the adapter is in a subfolder, which is not searched.",
+            fix="Check `adapter-path` and its revision.",
+        )
+    if ADAPTER_WEIGHTS in present:
+        return
+    if "adapter_model.bin" in present:
+        raise UnsupportedAdapter(
+            f"{named} has pickled weights only (adapter_model.bin).",
+            why="Unpickling can run code, so only safetensors are read.",
+            fix="Save it again with a current PEFT: `model.save_pretrained(...)` writes safetensors.",
+        )
+    raise BrokenAdapter(
+        f"{named} has no {ADAPTER_WEIGHTS}.",
+        why="The config is there, but the weights are not.",
+        fix="Upload the whole adapter, then run again.",
+    )
+
+
+def companions(paths: Iterable[str], kind: Kind) -> tuple[str, ...]:
+    """Return what is taken beside a base's weights, or for an adapter everything, sorted.
+
+    Args:
+        paths: every file of the repository.
+        kind: what the repository is used as.
+    """
+    return tuple(sorted(path for path in paths if _is_taken(path, kind)))
+
+
+def _is_taken(path: str, kind: Kind) -> bool:
+    if path.startswith(_TEMPLATES):
+        return path.endswith(".jinja") and path.count("/") == 1
+    if "/" in path or path.startswith(".") or path == INDEX_FILE:
+        return False
+    lower = path.lower()
+    if kind == "adapter" and path.endswith(".safetensors"):
+        return path.startswith("adapter")  # some repositories keep a merged model beside the adapter
+    if lower.endswith(".index.json") or lower.startswith("consolidated"):
+        return False
+    stem, _, suffix = lower.partition(".")
+    is_notice = stem.startswith(_NOTICES) and suffix in _NOTICE_SUFFIXES
+    is_code = path.endswith(".py") and kind != "adapter"
+    return is_notice or is_code or path == "README.md" or path.endswith(_TEXT_SUFFIXES)

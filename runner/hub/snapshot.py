@@ -1,0 +1,221 @@
+"""A repository at one commit, as a local folder that holds exactly what was selected, every file checked.
+
+The files come through huggingface_hub's cache. Since that cache is shared (another tool may have put more files at the
+same commit), a snapshot is a folder of relative links beside it: same commit, same selection, same folder.
+Every file is held against the tree that the Hub lists: sha256 for large files, git's blob id for the others. A file
+that does not match is fetched again once. What was checked is noted, so that a cached base is hashed once, not per run.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.checkpoint.layout import INDEX_FILE, read_weight_map
+from runner.errors import BrokenCheckpoint, HubError, NotEnoughDisk
+from runner.hub.select import Kind, check_adapter, companions, weights_or_index
+from runner.hub.transport import Caller
+from runner.reference import RepoRef
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+DOWNLOAD_THREADS = 4
+SPARE_DISK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """A model or adapter on this machine.
+
+    Attributes:
+        ref: what was asked for.
+        repo_id: `owner/name`, or None for a local folder.
+        commit: 40 hex digits, or None for a local folder.
+        root: the folder; for a repository its files are links.
+    """
+
+    ref: RepoRef
+    repo_id: str | None
+    commit: str | None
+    root: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteFile:
+    """One file of a repository at one commit, as the Hub lists it.
+
+    Attributes:
+        path: in the repository, with forward slashes.
+        size_bytes: of the content.
+        blob_sha1: git's id; for a large file that of its pointer, which says nothing about the content.
+        sha256: of the content for a large file, else None.
+    """
+
+    path: str
+    size_bytes: int
+    blob_sha1: str
+    sha256: str | None
+
+    @property
+    def digest(self) -> str:
+        """What names the content: sha256 of a large file, git's blob id of another."""
+        return self.sha256 or self.blob_sha1
+
+
+Tree = Mapping[str, RemoteFile]
+
+
+class Download:
+    """One repository at one commit, on its way into the cache."""
+
+    def __init__(self, api: HfApi, caller: Caller, *, repo_id: str, commit: str, cache_dir: Path) -> None:
+        """Take the client, the repository, the whole commit id, and the folder of the cache."""
+        self._api, self._caller = api, caller
+        self._repo_id, self._commit, self._cache = repo_id, commit, cache_dir
+        self._named = f"{repo_id}@{commit[:12]}"
+
+    def fetch(self, tree: Tree, kind: Kind) -> Path:
+        """Return the folder with the files of `tree` that `kind` needs, downloaded and checked.
+
+        Raises:
+            AdapterError, CheckpointError: the repository cannot be what it is used as.
+            NotEnoughDisk: the files do not fit into the cache's file system.
+            HubError: it could not be downloaded, or is not what the Hub lists.
+        """
+        self._cache.mkdir(parents=True, exist_ok=True)
+        wanted = {path: tree[path] for path in self._select(tree, kind)}
+        self._check_space(wanted)
+        self._download(tuple(wanted))
+        view = self._cache / "views" / self._repo_id.replace("/", "--") / f"{self._commit}-{kind}"
+        self._check(wanted, view.with_name(f"{view.name}.json"))
+        self._link(wanted, view)
+        return view
+
+    def _select(self, tree: Tree, kind: Kind) -> tuple[str, ...]:
+        if kind == "adapter":
+            check_adapter(tree, named=self._named)
+            return companions(tree, kind)
+        weights = weights_or_index(tree, named=self._named)
+        names = {weights}
+        if weights == INDEX_FILE:
+            folder = self._download((INDEX_FILE,))
+            names |= set(read_weight_map(folder / INDEX_FILE).values())
+        missing = sorted(names - tree.keys())
+        if missing:
+            raise BrokenCheckpoint(
+                f"{self._named} has no {missing[0]}.",
+                why=f"{INDEX_FILE} names {len(names) - 1} shards, and {len(missing)} are missing.",
+                fix="Use another revision of the base, or tell its owner.",
+            )
+        return tuple(sorted(names | set(companions(tree, kind))))
+
+    def _check_space(self, wanted: Tree) -> None:
+        blobs = self._cache / f"models--{self._repo_id.replace('/', '--')}" / "blobs"
+        needed = sum(file.size_bytes for file in wanted.values() if not (blobs / file.digest).exists())
+        free = shutil.disk_usage(self._cache).free
+        if needed and needed + SPARE_DISK_BYTES > free:
+            raise NotEnoughDisk(
+                f"Downloading {self._named} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.",
+                why="The cache's file system is too small for what is not in the cache yet.",
+                fix="Free space, or point `cache-dir` at a larger disk.",
+            )
+
+    def _download(self, paths: tuple[str, ...], *, force: bool = False) -> Path:
+        return Path(
+            self._caller.read(
+                f"download {self._named}",
+                lambda: self._api.snapshot_download(
+                    self._repo_id,
+                    revision=self._commit,
+                    cache_dir=self._cache,
+                    token=self._api.token,
+                    allow_patterns=[glob.escape(path) for path in paths],
+                    max_workers=DOWNLOAD_THREADS,
+                    force_download=force,
+                ),
+                attempts=3,  # the client repeats each request itself
+            )
+        )
+
+    def _check(self, wanted: Tree, notes: Path) -> None:
+        known = _read_notes(notes)
+        fresh: dict[str, Any] = {}
+        for path, file in wanted.items():
+            fresh[path] = self._check_file(file, known.get(path))
+        notes.parent.mkdir(parents=True, exist_ok=True)
+        _write_atomically(notes, json.dumps(fresh, sort_keys=True))
+
+    def _check_file(self, file: RemoteFile, known: object) -> list[int | str]:
+        source = self._stored(file.path)
+        if source.is_file() and known == _stamp(source, file):
+            return _stamp(source, file)
+        if not _matches(source, file):
+            self._download((file.path,), force=True)
+            if not _matches(self._stored(file.path), file):
+                raise HubError(
+                    f"{file.path} of {self._named} is not what the Hub lists: its digest is not {file.digest}.",
+                    why="It was downloaded twice, and both times other bytes arrived, or the disk changes them.",
+                    fix="Delete the cache folder and run again; if it repeats, tell the repository's owner.",
+                )
+        return _stamp(self._stored(file.path), file)
+
+    def _stored(self, path: str) -> Path:
+        return self._cache / f"models--{self._repo_id.replace('/', '--')}" / "snapshots" / self._commit / path
+
+    def _link(self, wanted: Tree, view: Path) -> None:
+        if {path.relative_to(view).as_posix() for path in view.rglob("*") if path.is_file()} == set(wanted):
+            return
+        view.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(view, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=view.parent) as scratch:
+            made = Path(scratch) / view.name
+            for path in wanted:
+                link = made / path
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(os.path.relpath(self._stored(path), (view / path).parent))
+            made.rename(view)
+
+
+def _matches(path: Path, file: RemoteFile) -> bool:
+    if not path.is_file() or path.stat().st_size != file.size_bytes:
+        return False
+    return content_digest(path, file) == file.digest
+
+
+def content_digest(path: Path, file: RemoteFile) -> str:
+    """Return what `file.digest` would be for the content of `path`: sha256, or git's blob id (sha1 with its header)."""
+    digest = hashlib.sha256()
+    if file.sha256 is None:
+        digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _stamp(path: Path, file: RemoteFile) -> list[int | str]:
+    status = path.stat()
+    return [file.digest, status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def _read_notes(notes: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(notes.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    scratch = path.with_name(f"{path.name}.{os.getpid()}")
+    scratch.write_text(text)
+    scratch.replace(path)

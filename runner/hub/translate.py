@@ -1,0 +1,196 @@
+"""Every exception of the Hub's client, as what, why and fix. No token and no signed URL gets into a text."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from functools import lru_cache
+from typing import Any
+
+from runner.errors import (
+    AccessDenied,
+    HubError,
+    HubUnavailable,
+    NotEnoughDisk,
+    PublishConflict,
+    RepoNotFound,
+    RunnerError,
+)
+
+MAX_SERVER_TEXT_CHARS = 300
+TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 522, 524})
+
+_TOKENS = re.compile(r"\b(?:hf|api_org|hf_oauth|hf_jwt)_[A-Za-z0-9._-]{6,}|(?i:bearer)\s+\S+")
+_URL_SECRETS = re.compile(r"(https?://)(?:[^/@\s]*@)?([^\s?#'\"<>]*)(?:[?#][^\s'\"<>]*)?")
+_UNPRINTABLE = re.compile(r"[^\x20-\x7e\u00a0-\uffff]+")
+
+
+@lru_cache(maxsize=1)
+def client_errors() -> tuple[type[Exception], ...]:
+    """Return what a call of the client can raise, network, protocol, upload, cache and malformed answers included."""
+    import httpx2
+    from huggingface_hub import errors
+
+    known = (httpx2.HTTPError, httpx2.InvalidURL, errors.EntryNotFoundError, errors.OIDCError, errors.XetDownloadError)
+    return (*known, OSError, RuntimeError, ValueError, KeyError, TypeError)
+
+
+def clean(text: object, secrets: tuple[str, ...] = ()) -> str:
+    """Return `text` on one line, without tokens, credentials in URLs, and queries of URLs; at most 300 characters."""
+    line = str(text)
+    for secret in secrets:
+        line = line.replace(secret, "***")
+    line = _URL_SECRETS.sub(r"\1\2", _TOKENS.sub("***", line))
+    line = " ".join(_UNPRINTABLE.sub(" ", line).split())
+    return line if len(line) <= MAX_SERVER_TEXT_CHARS else line[: MAX_SERVER_TEXT_CHARS - 1] + "…"
+
+
+def pause_hint_s(error: BaseException) -> float | None:
+    """Return the seconds that the Hub asked to wait, or None where it did not ask.
+
+    Source: `Retry-After` in seconds (RFC 9110), else `RateLimit: "api";r=0;t=<seconds>` with nothing remaining.
+    """
+    response = getattr(_root(error), "response", None)
+    if response is None:
+        return None
+    after = str(response.headers.get("retry-after", "")).strip()
+    if after.isdigit():
+        return float(after)
+    limit = re.search(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", str(response.headers.get("ratelimit", "")))
+    return float(limit.group(1)) if limit else None
+
+
+def translate(error: BaseException, *, doing: str, secrets: tuple[str, ...]) -> RunnerError:
+    """Return the error to raise instead of `error`.
+
+    Args:
+        error: one of `client_errors`.
+        doing: what was being done, after "Could not ".
+        secrets: texts that must not be shown.
+
+    Returns:
+        `HubUnavailable` where a later attempt may succeed, `PublishConflict` for 409 and 412, `AccessDenied`,
+        `RepoNotFound`, `NotEnoughDisk`, else a plain `HubError`.
+    """
+    import httpx2
+    from huggingface_hub import errors
+
+    uploading = isinstance(error, RuntimeError) and error.__cause__ is not None
+    error = _root(error)
+    kind = error.__class__.__name__
+    if isinstance(error, errors.HfHubHTTPError):
+        return _from_status(error, doing, secrets, uploading=uploading)
+    if isinstance(error, OSError):  # the client's offline and cache errors are of this family too
+        return _from_os(error, doing, secrets)
+    transient = (httpx2.HTTPError, httpx2.InvalidURL, RuntimeError, json.JSONDecodeError)
+    if uploading or isinstance(error, transient):
+        late = isinstance(error, httpx2.TimeoutException)
+        what = "it did not answer in time" if late else "the connection or the transfer failed"
+        return _unavailable(doing, what, f"{kind}: {clean(error, secrets)}")
+    return HubError(
+        f"Could not {doing}: {kind}: {clean(error, secrets)}.",
+        why="The Hub refused it, or answered in a form that its client does not understand.",
+        fix="Read the message; if it is about the answer's form, check that the endpoint is a Hub.",
+    )
+
+
+def _root(error: BaseException) -> BaseException:
+    """Return the error that the client wrapped: of an upload, or of a look-up that fell back to its cache."""
+    from huggingface_hub import errors
+
+    for _ in range(5):
+        if not isinstance(error, (RuntimeError, errors.LocalEntryNotFoundError)) or error.__cause__ is None:
+            break
+        error = error.__cause__
+    return error
+
+
+def _from_status(error: Any, doing: str, secrets: tuple[str, ...], *, uploading: bool) -> RunnerError:
+    from huggingface_hub import errors
+
+    status = int(error.response.status_code)
+    said = clean(error.server_message or error.response.headers.get("x-error-message") or "", secrets)
+    answer = f"the Hub answered {status}" + (f" ({said})" if said else "")
+    if isinstance(error, errors.GatedRepoError):
+        return AccessDenied(
+            f"Could not {doing}: the repository is gated.",
+            why=f"Its owner lets in only who accepted its terms; {answer}.",
+            fix="Accept the terms on its page with the account of `base-token` (or of `hf-token`, without one).",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return RepoNotFound(
+            f"Could not {doing}: there is no such revision.",
+            why=f"The repository exists, but {answer}.",
+            fix="Check the branch, tag or commit after `@` (or `base-revision`).",
+        )
+    if isinstance(error, errors.RepositoryNotFoundError) or (status == 404 and not uploading):
+        return RepoNotFound(
+            f"Could not {doing}: not found.",
+            why=f"It does not exist, or this token may not see it; {answer}.",
+            fix="Check the spelling `owner/name`, and that the token may read it if it is private.",
+        )
+    if status in TRANSIENT or uploading:  # an upload's URL is signed and expires: a new attempt gets a new one
+        return _unavailable(doing, answer, "It is busy, limits the rate of requests, or is down.")
+    if status in (409, 412):
+        return PublishConflict(
+            f"Could not {doing}: {answer}.",
+            why="Somebody else changed the repository at the same time.",
+            fix="Look at what they did, then run again.",
+        )
+    return _from_refusal(status, answer, doing)
+
+
+def _from_refusal(status: int, answer: str, doing: str) -> RunnerError:
+    if status == 401:
+        return AccessDenied(
+            f"Could not {doing}: the token is not accepted.",
+            why=f"It is wrong, expired or revoked; {answer}.",
+            fix="Make a new token at the Hub's settings page and store it as the secret that `hf-token` reads.",
+        )
+    if status == 403:
+        return AccessDenied(
+            f"Could not {doing}: this token may not.",
+            why=f"It lacks a right; {answer}.",
+            fix="Use a token that may write to the target (role write, or fine-grained with write on the repository).",
+        )
+    return HubError(
+        f"Could not {doing}: {answer}.",
+        why="The Hub refuses the request as it is: a quota, a size, or content that it does not take.",
+        fix="Read the message; it is the Hub's own.",
+    )
+
+
+def _from_os(error: OSError, doing: str, secrets: tuple[str, ...]) -> RunnerError:
+    from huggingface_hub import errors
+
+    text = clean(error, secrets)
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return HubUnavailable(
+            f"Could not {doing}: the client is offline.",
+            why="HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set.",
+            fix="Unset it, or give local folders.",
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NotEnoughDisk(
+            f"Could not {doing}: the disk is full.",
+            why="The file system of `cache-dir` has no room for the download.",
+            fix="Free space, or point `cache-dir` and `work-dir` at a larger disk.",
+        )
+    if error.errno is None and isinstance(error, PermissionError):  # how hf_xet says 401 and 403
+        return _from_refusal(403 if "403" in text else 401, text, doing)
+    if error.errno is None or isinstance(error, ConnectionError):  # a wrong size, a failed transfer
+        return _unavailable(doing, "the transfer failed", f"{error.__class__.__name__}: {text}")
+    return HubError(
+        f"Could not {doing}: {error.__class__.__name__}: {clean(error.strerror, secrets)}.",
+        why="A file of the cache or of the release could not be read or written.",
+        fix="Check that `cache-dir` and `work-dir` are writable.",
+    )
+
+
+def _unavailable(doing: str, what: str, why: str) -> HubUnavailable:
+    return HubUnavailable(
+        f"Could not {doing}: {what}.",
+        why=why,
+        fix="Check the network and the Hub's status, then run again; what was uploaded is not sent twice.",
+    )

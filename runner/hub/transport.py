@@ -1,0 +1,152 @@
+"""How a call reaches the Hub: with timeouts, repeated within a deadline, and its errors in our own words.
+
+Covered: what the client does not retry itself (429, 5xx, timeouts, broken connections), `Retry-After` and
+`RateLimit` headers, and writes whose answer was lost (`Caller.settle` reads the remote before it writes again).
+Not covered: a server that sends one byte now and then; each read has a timeout, the whole answer has none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
+
+from runner.errors import HubUnavailable, PublishConflict, RunnerError
+from runner.hub.translate import client_errors, pause_hint_s, translate
+
+T = TypeVar("T")
+A = TypeVar("A")
+
+CONNECT_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long a failing call is repeated.
+
+    Attributes:
+        attempts: at most so many requests for one call.
+        deadline_s: no new request is started when it would begin later than this after the first one.
+        first_wait_s: before the second request; doubled each time.
+        longest_wait_s: the doubling ends here; a wait that the Hub asks for may be longer.
+    """
+
+    attempts: int = 7
+    deadline_s: float = 180.0
+    first_wait_s: float = 1.0
+    longest_wait_s: float = 20.0
+
+
+@lru_cache(maxsize=1)
+def install_client(timeout_s: float) -> None:
+    """Make every later request of huggingface_hub use a client with timeouts, and keep the library quiet.
+
+    The default client waits for ever. Progress bars and warnings are off because both print URLs, and the URLs of
+    uploads are signed. Calling it again with the same value changes nothing, so that open connections are kept.
+    """
+    import httpx2
+    from huggingface_hub import constants, logging, set_client_factory
+    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils._http import default_client_factory
+
+    def factory() -> httpx2.Client:
+        client: httpx2.Client = default_client_factory()
+        client.timeout = httpx2.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
+        return client
+
+    set_client_factory(factory)
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+
+
+class Caller:
+    """Makes calls of the client on behalf of one token."""
+
+    def __init__(self, *, secrets: tuple[str, ...], patience: Patience) -> None:
+        """Take the texts that no error may show, and how long to try."""
+        self._secrets = secrets
+        self._patience = patience
+
+    def read(self, doing: str, call: Callable[[], T], *, attempts: int | None = None) -> T:
+        """Return what `call` returns; it may be made several times.
+
+        Args:
+            doing: what is being done, for the error's text, such as "read the refs of owner/name".
+            call: one call of the client, without side effects or idempotent.
+            attempts: fewer than the patience has, for endpoints that must not be pressed.
+
+        Raises:
+            HubError: the family says why; `HubUnavailable` after the last attempt.
+        """
+        hint_s: float | None = None
+        for wait in self._waits(attempts or self._patience.attempts):
+            try:
+                return call()
+            except client_errors() as error:
+                failure = self._translate(error, doing)
+                hint_s = pause_hint_s(error)
+            if not isinstance(failure, HubUnavailable) or not wait(hint_s):
+                raise failure from None  # the client's own text may hold a signed URL
+        raise AssertionError("the last wait is always refused")
+
+    def settle(self, doing: str, write: Callable[[], A], landed: Callable[[A | None], T | None]) -> T:
+        """Write once, and return what `landed` then reads from the Hub.
+
+        Args:
+            doing: what is being done, for the error's text.
+            write: one write of the client. It is repeated only after `landed` has shown that it had no effect.
+            landed: gets the answer of the write, or None when the answer is unknown. Returns the effect as read
+                from the Hub, None when there is none yet, or raises when the Hub shows somebody else's.
+
+        Raises:
+            HubError: the write was refused, or the Hub stayed unreachable.
+            PublishConflict: the Hub answered that the target had moved.
+        """
+        answer: A | None = None
+        failure: RunnerError | None = None
+        hint_s: float | None = None
+        for wait in self._waits(self._patience.attempts):
+            if answer is None:
+                try:
+                    answer, failure = write(), None
+                except client_errors() as error:
+                    failure = self._translate(error, doing)
+                    hint_s = pause_hint_s(error)
+            if failure is not None and not isinstance(failure, (HubUnavailable, PublishConflict)):
+                raise failure
+            found = landed(answer)
+            if found is not None:
+                return found
+            if not wait(hint_s):
+                raise failure or _not_shown(doing)
+        raise AssertionError("the last wait is always refused")
+
+    def _translate(self, error: BaseException, doing: str) -> RunnerError:
+        return translate(error, doing=doing, secrets=self._secrets)
+
+    def _waits(self, attempts: int) -> Iterator[Callable[[float | None], bool]]:
+        patience = self._patience
+        begin_s = time.monotonic()
+        for attempt in range(attempts):
+            own_s = min(patience.longest_wait_s, patience.first_wait_s * 2**attempt)
+
+            def wait(hint_s: float | None, attempt: int = attempt, own_s: float = own_s) -> bool:
+                pause_s = own_s if hint_s is None else max(hint_s, patience.first_wait_s)
+                too_late = time.monotonic() + pause_s - begin_s > patience.deadline_s
+                if too_late or attempt + 1 == attempts:
+                    return False
+                time.sleep(pause_s)
+                return True
+
+            yield wait
+
+
+def _not_shown(doing: str) -> HubUnavailable:
+    return HubUnavailable(
+        f"Could not {doing}: the Hub accepted it, but does not show it.",
+        why="What it reads back is older than what it accepted.",
+        fix="Wait a minute and run again; a run that finds the work done adopts it.",
+    )

@@ -1,0 +1,220 @@
+"""What the user asked for: `INPUT_*` variables or flags in, one checked `Inputs` out, or every problem at once.
+
+Covered: spelling, closed sets, combinations, local folders and files that must exist.
+Not covered: anything that needs the network, the weights or the machine (hub, adapter, plan, launch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, cast
+
+from runner import sources
+from runner.errors import InputError, Problem
+from runner.form import Form
+from runner.reference import RepoRef
+from runner.sources import INPUTS
+from runner.syntax import repo_id_problem, revision_problem
+from runner.workspace import Workspace
+
+__all__ = ["INPUTS", "Inputs", "RepoRef", "given_secrets", "parse", "usage", "wants_help"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """Everything that the user decides.
+
+    Attributes:
+        adapter: what to merge.
+        base: into what; None for the base that the adapter's config names.
+        base_revision: asked for by the user; part of `base` too where that is given.
+        target_repo: set whenever `mode` is publish.
+        tag: set whenever `mode` is publish.
+        mode: publish, verify or plan.
+        merged: what to judge; set exactly when `mode` is verify.
+        dtype: of the merged weights.
+        device: of the worker.
+        hf_token: set whenever `mode` is publish.
+        base_token: for reading; the same as `hf_token` unless another is given.
+        private: for a repository that is created.
+        work_dir: absolute, or None for a temporary one.
+        report_dir: absolute.
+        cache_dir: absolute, or None for none.
+        verify_prompts: literal text, or the JSON text of an object with `messages` (see `runner.prompts`).
+        commit_message: may have several lines.
+        on_existing_tag: fail, skip or replace.
+        workspace: where relative paths start.
+    """
+
+    adapter: RepoRef
+    base: RepoRef | None
+    base_revision: str | None
+    target_repo: str | None
+    tag: str | None
+    mode: Literal["publish", "verify", "plan"]
+    merged: RepoRef | None
+    dtype: Literal["auto", "bfloat16", "float16", "float32"]
+    device: Literal["auto", "cuda", "cpu"]
+    hf_token: str | None = field(repr=False)
+    base_token: str | None = field(repr=False)
+    private: bool
+    work_dir: Path | None
+    report_dir: Path
+    cache_dir: Path | None
+    verify_prompts: tuple[str, ...]
+    commit_message: str | None
+    on_existing_tag: Literal["fail", "skip", "replace"]
+    workspace: Workspace
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What must never be shown."""
+        return tuple(sorted({token for token in (self.hf_token, self.base_token) if token}))
+
+    def public(self) -> dict[str, str | bool | int]:
+        """Return every input that may be shown, in the order of `action.yml`; "" where none was given.
+
+        Paths inside the workspace are relative to it; of the prompts only their number is told.
+        """
+
+        def model(ref: RepoRef | None) -> str:
+            return "" if ref is None else self.workspace.show(ref.path) if ref.path else ref.display
+
+        def folder(path: Path | None) -> str:
+            return "" if path is None else self.workspace.show(path)
+
+        return {
+            "adapter-path": model(self.adapter),
+            "target-repo": self.target_repo or "",
+            "base-model": model(self.base),
+            "base-revision": self.base_revision or "",
+            "tag": self.tag or "",
+            "mode": self.mode,
+            "merged-path": model(self.merged),
+            "dtype": self.dtype,
+            "device": self.device,
+            "private": self.private,
+            "work-dir": folder(self.work_dir),
+            "report-dir": folder(self.report_dir),
+            "cache-dir": folder(self.cache_dir),
+            "verify-prompts": len(self.verify_prompts),
+            "commit-message": self.commit_message or "",
+            "on-existing-tag": self.on_existing_tag,
+        }
+
+
+def wants_help(argv: Sequence[str]) -> bool:
+    """Return whether the user asks for `usage` instead of a run."""
+    return bool({"--help", "-h"} & set(argv))
+
+
+def usage() -> str:
+    """Return the text of `--help`."""
+    return sources.usage(INPUTS)
+
+
+def given_secrets(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return every token in the environment, checked or not: to be masked before anything is printed."""
+    variables = [name for spec in INPUTS if spec.secret for name in spec.variables]
+    return tuple(sorted({token for name in variables if (token := environ.get(name, "").strip())}))
+
+
+def parse(
+    environ: Mapping[str, str],
+    argv: Sequence[str],
+    *,
+    event_tag: str | None = None,
+    event_problems: Sequence[Problem] = (),
+) -> Inputs:
+    """Return the checked inputs of this run.
+
+    Args:
+        environ: the process's environment.
+        argv: arguments without the program's name.
+        event_tag: the tag that the workflow's event names, used where the input is empty.
+        event_problems: why this event may not publish; they count if the mode is publish.
+
+    Raises:
+        InputError: with every problem there is.
+    """
+    values, problems = sources.collect(INPUTS, environ, argv, in_github=environ.get("GITHUB_ACTIONS") == "true")
+    form = Form(values=values, problems=problems, workspace=Workspace.of(environ))
+    mode = cast(Literal["publish", "verify", "plan"], form.choice("mode"))
+    hf_token = values.get("hf-token") or None
+    base_revision = form.checked("base-revision", revision_problem, "a revision")
+    inputs = Inputs(
+        adapter=form.model("adapter-path") or RepoRef(),
+        base=form.base(base_revision),
+        base_revision=base_revision,
+        target_repo=form.checked("target-repo", repo_id_problem, "a repository on the Hub"),
+        tag=form.tag(event_tag),
+        mode=mode,
+        merged=form.model("merged-path"),
+        dtype=cast(Literal["auto", "bfloat16", "float16", "float32"], form.choice("dtype")),
+        device=cast(Literal["auto", "cuda", "cpu"], form.choice("device")),
+        hf_token=hf_token,
+        base_token=values.get("base-token") or hf_token,
+        private=form.boolean("private"),
+        work_dir=form.folder("work-dir"),
+        report_dir=form.folder("report-dir") or form.workspace.root,
+        cache_dir=form.folder("cache-dir"),
+        verify_prompts=form.prompts("verify-prompts"),
+        commit_message=values.get("commit-message") or None,
+        on_existing_tag=cast(Literal["fail", "skip", "replace"], form.choice("on-existing-tag")),
+        workspace=form.workspace,
+    )
+    _check_combinations(form, inputs, event_problems)
+    if form.problems:
+        raise InputError(form.problems)
+    return inputs
+
+
+def _check_combinations(form: Form, inputs: Inputs, event_problems: Sequence[Problem]) -> None:
+    form.require(
+        "adapter-path",
+        why="There is nothing to merge without an adapter.",
+        fix="Set it to the adapter's folder, or to `owner/name` or `owner/name@revision` on the Hub.",
+    )
+    if inputs.mode == "verify":
+        form.require(
+            "merged-path",
+            why="`mode: verify` judges a merge that exists already.",
+            fix="Set it to the merged model's folder, or to `owner/name@revision` on the Hub.",
+        )
+    elif inputs.merged is not None:
+        form.add(
+            f"`merged-path` is given, but `mode` is `{inputs.mode}`.",
+            why="Only `mode: verify` reads an existing merge; the others would ignore it.",
+            fix="Set `mode: verify`, or remove `merged-path`.",
+        )
+    if inputs.mode == "publish":
+        _check_publishing(form, inputs, event_problems)
+
+
+def _check_publishing(form: Form, inputs: Inputs, event_problems: Sequence[Problem]) -> None:
+    form.require(
+        "target-repo",
+        why="`mode: publish` must know where the release goes.",
+        fix="Set it to `owner/name`, or set `mode: plan` to see what would happen.",
+    )
+    form.require(
+        "hf-token",
+        why="Nothing can be published without a token that may write to `target-repo`.",
+        fix="Set `hf-token: ${{ secrets.HF_TOKEN }}`; outside a workflow set the variable `HF_TOKEN`.",
+    )
+    if inputs.tag is None:
+        form.require(
+            "tag",
+            why="A release needs a name, and this run was not started by a release or a pushed tag.",
+            fix="Set it, for example `tag: v1.0.0`.",
+        )
+    form.problems.extend(event_problems)
+    for name, ref in (("adapter-path", inputs.adapter), ("base-model", inputs.base)):
+        if ref and ref.repo_id and inputs.target_repo and ref.repo_id.lower() == inputs.target_repo.lower():
+            form.add(
+                f"`target-repo` and `{name}` are both {ref.repo_id!r}.",
+                why="The release replaces the files of its repository, so it would overwrite what it was made from.",
+                fix="Publish to a repository of its own.",
+            )

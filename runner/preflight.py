@@ -1,0 +1,154 @@
+"""Everything that can be refused before there is work: rights, tag, adapter, base, and a release that exists already.
+
+Only questions are asked and inputs are fetched; nothing is written to the target. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from runner import __version__
+from runner.adapter import Adapter, read_adapter
+from runner.checkpoint.layout import read_checkpoint
+from runner.errors import InputError, Problem, RunnerError
+from runner.hub import Hub, Snapshot, Target, connect
+from runner.inputs import Inputs, RepoRef
+from runner.provenance import Origin, adapter_digest, base_digest
+from runner.publish import Release, find_existing
+from runner.syntax import repo_id_problem
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hubs:
+    """The Hub, with the token that may write and with the one that reads."""
+
+    writing: Hub
+    reading: Hub
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """What goes in, exactly: every name is a commit or a digest now.
+
+    Attributes:
+        adapter: on disk.
+        adapter_snapshot: where it came from.
+        base_ref: the base at its commit, or a local folder.
+        origin: what decides the bytes of the result.
+    """
+
+    adapter: Adapter
+    adapter_snapshot: Snapshot
+    base_ref: RepoRef
+    origin: Origin
+
+
+def open_hubs(inputs: Inputs) -> Hubs:
+    """Return the Hub with both tokens; nothing is requested yet."""
+    return Hubs(writing=connect(None, token=inputs.hf_token), reading=connect(None, token=inputs.base_token))
+
+
+def inspect_target(inputs: Inputs, hubs: Hubs) -> Target | None:
+    """Return the state of the repository to publish to, or None where nothing is published.
+
+    Raises:
+        HubError: the token may not publish there, or the tag cannot be used.
+    """
+    if inputs.mode != "publish" or inputs.target_repo is None or inputs.tag is None:
+        return None
+    return hubs.writing.inspect_target(inputs.target_repo, inputs.tag)
+
+
+def resolve(inputs: Inputs, hubs: Hubs, cache_dir: Path, say: Say) -> Resolved:
+    """Return adapter and base at exact commits; the adapter is downloaded and validated, the base is not.
+
+    Raises:
+        AdapterError: the adapter cannot be merged into anything.
+        InputError: the base is not given, and the adapter does not name one on the Hub.
+        HubError: a repository cannot be read.
+    """
+    adapter_snapshot = hubs.reading.snapshot(inputs.adapter, kind="adapter", cache_dir=cache_dir)
+    adapter = read_adapter(adapter_snapshot.root)
+    say(f"Adapter: {_name(adapter_snapshot)}, {adapter.peft_type}, {len(adapter.tensors)} tensors.")
+    wanted = inputs.base or _base_of(adapter, inputs.base_revision)
+    base_ref = wanted if wanted.repo_id is None else replace(wanted, revision=hubs.reading.resolve(wanted))
+    if base_ref.path is not None:
+        read_checkpoint(base_ref.path)  # a broken folder is told before its bytes are hashed
+        say("Base: a local folder; its files are hashed, because no commit names them.")
+    else:
+        say(f"Base: {base_ref.display}.")
+    if adapter.base_model and adapter.base_model != base_ref.repo_id:
+        say(f"The adapter says that it was trained on {adapter.base_model!r}; it is merged into {base_ref.display}.")
+    origin = Origin(
+        base_repo_id=base_ref.repo_id,
+        base_commit=base_ref.revision,
+        base_digest=base_digest(base_ref.path) if base_ref.path is not None else None,
+        adapter_repo_id=adapter_snapshot.repo_id,
+        adapter_commit=adapter_snapshot.commit,
+        adapter_digest=adapter_digest(adapter_snapshot.root),
+        dtype=inputs.dtype,
+        version=__version__,
+    )
+    return Resolved(adapter=adapter, adapter_snapshot=adapter_snapshot, base_ref=base_ref, origin=origin)
+
+
+def find_release(inputs: Inputs, hubs: Hubs, target: Target | None, origin: Origin) -> Release | None:
+    """Return the release that makes this run unnecessary, or None when there is work to do.
+
+    Raises:
+        TagExists: the tag holds something else, and `on-existing-tag` is "fail".
+    """
+    if target is None or inputs.tag is None:
+        return None
+    return find_existing(
+        hubs.writing, target, inputs.tag, origin.input_digest(), on_existing_tag=inputs.on_existing_tag
+    )
+
+
+def fetch_base(resolved: Resolved, hubs: Hubs, cache_dir: Path) -> Path:
+    """Return the base as a folder whose headers are sound, at the commit that was resolved.
+
+    Raises:
+        RunnerError: it cannot be downloaded, or is no checkpoint.
+    """
+    root = hubs.reading.snapshot(resolved.base_ref, kind="base", cache_dir=cache_dir).root
+    read_checkpoint(root)
+    return root
+
+
+def fetch_merged(inputs: Inputs, hubs: Hubs, cache_dir: Path) -> Path:
+    """Return the folder that `mode: verify` judges.
+
+    Raises:
+        RunnerError: it cannot be downloaded. Whether it is a sound checkpoint is the judge's question.
+    """
+    if inputs.merged is None:
+        raise RunnerError(
+            "There is nothing to judge.", why="`merged-path` is empty.", fix="Set `merged-path` for `mode: verify`."
+        )
+    return hubs.reading.snapshot(inputs.merged, kind="merged", cache_dir=cache_dir).root
+
+
+def _base_of(adapter: Adapter, revision: str | None) -> RepoRef:
+    name = adapter.base_model or ""
+    if repo_id_problem(name) is None:
+        stated = adapter.config.get("revision")
+        return RepoRef(repo_id=name, revision=revision or (stated if isinstance(stated, str) and stated else None))
+    shown = f"the adapter names {name[:120]!r}" if name else "the adapter names none"
+    raise InputError(
+        [
+            Problem(
+                what=f"`base-model` is not given, and {shown}.",
+                why="Only a repository `owner/name` on the Hub can be followed; a path means nothing on this machine.",
+                fix="Set `base-model` to the model that the adapter was trained on.",
+            )
+        ]
+    )
+
+
+def _name(snapshot: Snapshot) -> str:
+    return f"{snapshot.repo_id}@{snapshot.commit}" if snapshot.repo_id else "a local folder"

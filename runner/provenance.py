@@ -1,0 +1,194 @@
+"""Where a release comes from and what is in it: the input digest, and merge-manifest.json. Pure; reads only digests.
+
+Published bytes must be equal for equal inputs (design decision 7), so nothing here knows a time, a run, a machine or
+a local path, and measured numbers are rounded to two digits, since their last ones depend on the processor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.checkpoint.digests import FileDigest, digest_file, digest_of
+from runner.companions import TOKENIZER_FILES, WEIGHT_SUFFIXES
+from runner.verify.verdict import Check, Quality, Verdict
+
+SCHEMA_VERSION = 1
+CARD = "README.md"
+MANIFEST = "merge-manifest.json"
+ADDED_AT_PUBLISH = frozenset({CARD, MANIFEST})
+SIGNIFICANT_DIGITS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Everything that decides the bytes of the merged weights.
+
+    Attributes:
+        base_repo_id: None for a local folder.
+        base_commit: 40 hex digits; None for a local folder.
+        base_digest: of the files of a local folder (see `base_digest`); None for a repository.
+        adapter_repo_id: None for a local folder.
+        adapter_commit: 40 hex digits; None for a local folder.
+        adapter_digest: of the files that matter (see `adapter_digest`).
+        dtype: as asked for, "auto" included.
+        version: of this action.
+    """
+
+    base_repo_id: str | None
+    base_commit: str | None
+    base_digest: str | None
+    adapter_repo_id: str | None
+    adapter_commit: str | None
+    adapter_digest: str
+    dtype: str
+    version: str
+
+    def input_digest(self) -> str:
+        """Return 64 hex digits: sha256 over the canonical JSON of all fields. Equal inputs, equal digest."""
+        fields = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeFacts:
+    """What the merge did, for the manifest and the card.
+
+    Attributes:
+        peft_type: the tuner, for example "LORA".
+        output_dtype: of the merged weights, for example "BF16".
+        tensors_merged: stored tensors that the adapter changed.
+        tensors_added: stored tensors that the base did not have.
+        tensors_copied: stored tensors whose bytes are the base's.
+        tensors_cast: stored tensors that only changed their dtype.
+        versions: library name → version, for example {"torch": "2.13.0"}.
+    """
+
+    peft_type: str
+    output_dtype: str
+    tensors_merged: int
+    tensors_added: int
+    tensors_copied: int
+    tensors_cast: int
+    versions: Mapping[str, str]
+
+
+def released(files: Iterable[FileDigest]) -> tuple[FileDigest, ...]:
+    """Return the files of a merged folder that a release holds as they are: all but the card and the manifest."""
+    return tuple(sorted((file for file in files if file.path not in ADDED_AT_PUBLISH), key=lambda file: file.path))
+
+
+def adapter_digest(root: Path) -> str:
+    """Return one digest of the files in `root` that a merge takes from an adapter.
+
+    These are adapter_config.json, `adapter*.safetensors`, and the tokenizer and its templates. The README and what a
+    training leaves behind do not count, so they can change without a new digest.
+    """
+    return _digest(root, lambda path: _is_adapter_file(path) or _is_tokenizer_file(path))
+
+
+def base_digest(root: Path) -> str:
+    """Return one digest of the files in `root` that a merge takes from a local base, weights included.
+
+    Reads every byte of the weights. Other formats of the same weights, hidden files and the README do not count.
+    """
+    return _digest(root, _is_base_file)
+
+
+def manifest(origin: Origin, facts: MergeFacts, verdict: Verdict, files: Iterable[FileDigest]) -> bytes:
+    """Return merge-manifest.json: UTF-8 JSON with sorted keys; equal for equal arguments.
+
+    Args:
+        origin: what went in.
+        facts: what the merge did.
+        verdict: what the judge said; its texts and times are left out.
+        files: of the merged folder; the card and the manifest itself are not listed.
+    """
+    content = released(files)
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "input_digest": origin.input_digest(),
+        "merged_digest": digest_of(content),
+        "base": {"repo_id": origin.base_repo_id, "commit": origin.base_commit, "digest": origin.base_digest},
+        "adapter": {
+            "repo_id": origin.adapter_repo_id,
+            "commit": origin.adapter_commit,
+            "digest": origin.adapter_digest,
+            "peft_type": facts.peft_type,
+        },
+        "options": {"dtype": origin.dtype},
+        "merge": {
+            "output_dtype": facts.output_dtype,
+            "tensors_merged": facts.tensors_merged,
+            "tensors_added": facts.tensors_added,
+            "tensors_copied": facts.tensors_copied,
+            "tensors_cast": facts.tensors_cast,
+        },
+        "versions": {"lora-merge-action": origin.version, **facts.versions},
+        "verdict": {
+            "status": verdict.status.value,
+            "seed": verdict.seed,
+            "checks": [_check(check) for check in verdict.checks],
+            "quality": quality_numbers(verdict.quality),
+        },
+        "files": [asdict(file) for file in content],
+    }
+    return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def rounded(value: float | None) -> float | None:
+    """Return `value` with two significant digits; None for None and for what is not finite."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
+
+
+def quality_numbers(quality: Quality | None) -> dict[str, float | int | None] | None:
+    """Return the measured qualities by name; ratios near 1 keep four decimals, the others two digits."""
+    if quality is None:
+        return None
+    numbers: dict[str, float | int | None] = {}
+    for name, value in asdict(quality).items():
+        if name in ("retention", "top1_agreement") and math.isfinite(value):
+            numbers[name] = round(value, 4)
+        elif name.startswith("nll_") and math.isfinite(value):
+            numbers[name] = round(value, 3)
+        else:
+            numbers[name] = value if name == "tokens" else rounded(value)
+    return numbers
+
+
+def _check(check: Check) -> dict[str, Any]:
+    return {
+        "layer": check.layer.value,
+        "name": check.name,
+        "outcome": check.outcome.value,
+        "value": rounded(check.value),
+        "limit": check.limit if check.limit is None or math.isfinite(check.limit) else None,
+    }
+
+
+def _digest(root: Path, is_wanted: Callable[[str], bool]) -> str:
+    paths = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    return digest_of(digest_file(root, path) for path in sorted(paths) if is_wanted(path))
+
+
+def _is_adapter_file(path: str) -> bool:
+    is_weights = path.startswith("adapter") and path.endswith(".safetensors")
+    return "/" not in path and (path == "adapter_config.json" or is_weights)
+
+
+def _is_tokenizer_file(path: str) -> bool:
+    return path in TOKENIZER_FILES or path.startswith("additional_chat_templates/")
+
+
+def _is_base_file(path: str) -> bool:
+    if any(part.startswith(".") for part in path.split("/")) or path == CARD:
+        return False
+    return path.endswith(".safetensors") or not path.endswith(WEIGHT_SUFFIXES)

@@ -1,0 +1,71 @@
+"""Whether a tag holds this release already: asked before any work, and again before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from runner.errors import TagExists
+from runner.hub import Hub, Target, Tree
+from runner.hub.translate import clean
+from runner.publish.contents import contradiction
+
+OnExistingTag = Literal["fail", "skip", "replace"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """A tagged revision.
+
+    Attributes:
+        repo_id: `owner/name`.
+        tag: its name.
+        commit: what the tag points to, 40 hex digits.
+        url: page of the revision.
+        created: False when the tag was there already and nothing was written.
+    """
+
+    repo_id: str
+    tag: str
+    commit: str
+    url: str
+    created: bool
+
+
+def find_existing(
+    hub: Hub, target: Target, tag: str, input_digest: str, *, on_existing_tag: OnExistingTag = "fail"
+) -> Release | None:
+    """Return the release that makes a run unnecessary, or None when there is work to do.
+
+    The same inputs under the same tag are found again if the tagged files still are what their manifest lists.
+
+    Raises:
+        TagExists: the tag holds something else, and `on_existing_tag` is "fail".
+    """
+    commit = target.tag_commit
+    if commit is None:
+        return None
+    found = Release(repo_id=target.repo_id, tag=tag, commit=commit, url=hub.url(target.repo_id, tag), created=False)
+    tree = hub.tree(target.repo_id, commit)
+    manifest = hub.read_manifest(target.repo_id, commit, tree)
+    reason = _other_content(manifest, tree, input_digest)
+    if reason is None or on_existing_tag == "skip":
+        return found
+    if on_existing_tag == "replace":
+        return None
+    raise TagExists(
+        f"The tag {tag} of {target.repo_id} exists, on commit {commit[:12]}, and {reason}.",
+        why="A tag that people pinned must not change under them. Nothing was written.",
+        fix="Choose a new tag, or set `on-existing-tag` to `skip` or `replace`.",
+    )
+
+
+def _other_content(manifest: Mapping[str, Any] | None, tree: Tree, input_digest: str) -> str | None:
+    if manifest is None:
+        return "it holds no merge-manifest.json, so something else published it"
+    theirs = clean(manifest.get("input_digest"))[:64]
+    if theirs != input_digest:
+        return f"it was made from other inputs (input digest {theirs[:16]}… instead of {input_digest[:16]}…)"
+    difference = contradiction(manifest, tree)
+    return None if difference is None else f"it is not what its manifest says: {difference}"

@@ -1,0 +1,241 @@
+"""The run from preflight to release, one phase after another. It raises; the supervisor catches.
+
+The worker is started as soon as the preflight has passed, so that its imports hide behind the download.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.card import CardFacts, make_card
+from runner.checkpoint.digests import digest_folder, digest_of
+from runner.errors import LaunchError, PublishError
+from runner.events import Event, Job, Judged, Merged, PhaseStarted, Planned, Progress, Ready
+from runner.github import GitHub
+from runner.hub import Target
+from runner.inherited import inherit, read_readme
+from runner.inputs import Inputs
+from runner.launch import Worker
+from runner.plan import PlanSummary
+from runner.preflight import (
+    Hubs,
+    Resolved,
+    fetch_base,
+    fetch_merged,
+    find_release,
+    inspect_target,
+    open_hubs,
+    resolve,
+)  # fmt: skip
+from runner.provenance import MergeFacts, manifest, released
+from runner.publish import Release, publish
+from runner.record import Record
+
+PROGRESS_EVERY_S = 15.0
+SEED = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Story:
+    """One run of the action; `work` is an empty folder of its own."""
+
+    inputs: Inputs
+    environ: Mapping[str, str]
+    github: GitHub
+    record: Record
+    work: Path
+
+    def run(self) -> None:
+        """Do what the inputs ask for; the record says what came of it.
+
+        Raises:
+            RunnerError: see the rooms that do the work. A failed verdict raises nothing.
+        """
+        hubs = open_hubs(self.inputs)
+        cache = self.inputs.cache_dir or self.work / "cache"
+        with self._phase("preflight"):
+            target = inspect_target(self.inputs, hubs)
+            resolved = resolve(self.inputs, hubs, cache, self.github.info)
+            self.record.origin = resolved.origin
+            existing = find_release(self.inputs, hubs, target, resolved.origin)
+        if existing is not None:
+            self._nothing_to_do(existing)
+            return
+        with Worker(self.environ, home=self.work / "worker", log=self._relay) as worker:
+            with self._phase("download"):
+                base = fetch_base(resolved, hubs, cache)
+                merged = fetch_merged(self.inputs, hubs, cache) if self.inputs.mode == "verify" else None
+            self._check_device(worker.wait_until_ready())
+            worker.give(self._job(resolved, base, merged))
+            self._follow(worker)
+        if target is not None:
+            self._publish(hubs, target, resolved, base)
+
+    def _job(self, resolved: Resolved, base: Path, merged: Path | None) -> Job:
+        if merged is not None:
+            self.record.merged_digest = digest_of(released(digest_folder(merged)))
+        return Job(
+            base=base,
+            adapter=resolved.adapter.root,
+            merged=merged or self.work / "merged",
+            merges=self.inputs.mode == "publish",
+            verifies=self.inputs.mode != "plan",
+            dtype=self.inputs.dtype,
+            device=self.inputs.device,
+            prompts=self.inputs.verify_prompts,
+            seed=SEED,
+        )
+
+    def _check_device(self, ready: Ready) -> None:
+        self.record.versions = dict(ready.versions)
+        if self.inputs.device == "cuda" and ready.cuda_device is None:
+            raise LaunchError(
+                f"`device` is cuda, but there is no GPU: {ready.cuda_problem}.",
+                why="GitHub starts container actions without `--gpus`, and this run never falls back to the CPU.",
+                fix="Make nvidia the default runtime of the runner's Docker, run the image yourself with "
+                "`docker run --gpus all`, or set `device: cpu`.",
+            )
+        uses_gpu = self.inputs.device != "cpu" and ready.cuda_device is not None
+        self.github.info(f"Worker: {ready.cuda_device if uses_gpu else 'CPU'}, torch {ready.versions.get('torch')}.")
+
+    def _follow(self, worker: Worker) -> None:
+        phase: str | None = None
+        started = shown = time.monotonic()
+        for event in worker.events():
+            now = time.monotonic()
+            if isinstance(event, PhaseStarted):
+                self._finish_phase(phase, started)
+                phase, started, shown = event.phase, now, now
+                self.record.phase = phase
+                self.github.info(f"{phase.capitalize()} …")
+            elif isinstance(event, Progress):
+                if now - shown >= PROGRESS_EVERY_S:
+                    shown = now
+                    self.github.info(progress_line(event, now - started))
+            else:
+                self._take(event)
+        self._finish_phase(phase, started)
+
+    def _finish_phase(self, phase: str | None, started: float) -> None:
+        if phase is not None:
+            self.record.timings.append((phase, time.monotonic() - started))
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, Planned):
+            self.record.plan = event.summary
+            for line in plan_lines(event.summary):
+                self.github.info(line)
+        elif isinstance(event, Merged):
+            self.record.merged = event.checkpoint
+            self.record.merged_digest = digest_of(released(event.checkpoint.files))
+            self.record.peak_rss_bytes = event.peak_rss_bytes
+            rate = event.checkpoint.written_bytes / max(event.checkpoint.wall_s, 1e-9) / 1e6
+            self.github.info(
+                f"Merged {event.checkpoint.tensors_merged} tensors, copied {event.checkpoint.tensors_copied}, "
+                f"{event.checkpoint.wall_s:.1f} s, {rate:.0f} MB/s, peak {event.peak_rss_bytes / 1e6:.0f} MB."
+            )
+        elif isinstance(event, Judged):
+            self.record.verdict = event.verdict
+            self.github.info(f"Verdict: {event.verdict.status.value}.")
+            for check in event.verdict.failures:
+                self.github.info(f"  FAIL {check.layer.value}: {check.name}: {check.detail}")
+
+    def _publish(self, hubs: Hubs, target: Target, resolved: Resolved, base: Path) -> None:
+        record = self.record
+        verdict, merged, plan = record.verdict, record.merged, record.plan
+        if verdict is None or merged is None or plan is None or self.inputs.tag is None:
+            raise PublishError(
+                "The worker ended without a verdict.",
+                why="Only a merge that was judged is published. Nothing was written to the Hub.",
+                fix="Look at the lines above; if this is not about your machine, report it with the log.",
+            )
+        if not verdict.passed:
+            return
+        facts = MergeFacts(
+            peft_type=plan.peft_type,
+            output_dtype=plan.output_dtype,
+            tensors_merged=plan.tensors_merged,
+            tensors_added=plan.tensors_added,
+            tensors_copied=plan.tensors_copied,
+            tensors_cast=plan.tensors_cast,
+            versions=record.versions,
+        )
+        card = make_card(
+            CardFacts(
+                repo_id=target.repo_id,
+                tag=self.inputs.tag,
+                origin=resolved.origin,
+                facts=facts,
+                merged_digest=digest_of(released(merged.files)),
+                verdict=verdict,
+                inherited=inherit(read_readme(base), read_readme(resolved.adapter.root)),
+            )
+        )
+        with self._phase("publish"):
+            record.release = publish(
+                hubs.writing,
+                target=target,
+                folder=merged.root,
+                files=merged.files,
+                manifest=manifest(resolved.origin, facts, verdict, merged.files),
+                card=card,
+                tag=self.inputs.tag,
+                verdict=verdict,
+                input_digest=resolved.origin.input_digest(),
+                private=self.inputs.private,
+                on_existing_tag=self.inputs.on_existing_tag,
+                commit_message=self.inputs.commit_message,
+                on_progress=self._upload_progress(),
+                log=self.github.info,
+            )
+        self.github.info(f"Published {record.release.url}, commit {record.release.commit}.")
+
+    def _upload_progress(self) -> Callable[[int, int], None]:
+        started = shown = time.monotonic()
+
+        def report(done: int, total: int) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            if now - shown >= PROGRESS_EVERY_S:
+                shown = now
+                event = Progress(phase="publish", done=float(done), total=float(total), doing="uploading")
+                self.github.info(progress_line(event, now - started))
+
+        return report
+
+    def _nothing_to_do(self, release: Release) -> None:
+        self.record.release = release
+        self.github.info(f"{release.repo_id} has the tag {release.tag} already, on {release.commit}: nothing to do.")
+
+    def _relay(self, line: str) -> None:
+        self.github.info(f"[worker] {line}")
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self.github.info(f"{name.capitalize()} …")
+        with self.record.timed(name):
+            yield
+
+
+def progress_line(event: Progress, elapsed_s: float) -> str:
+    """Return one line with how far the phase is, its rate and when it will be done."""
+    part = event.done / event.total if event.total else 1.0
+    left_s = elapsed_s * (1 - part) / part if part else 0.0
+    rate = "" if event.total <= 1 else f", {event.done / max(elapsed_s, 1e-9) / 1e6:.0f} MB/s"
+    return f"{event.phase}: {100 * part:.0f} %{rate}, about {left_s:.0f} s left ({event.doing})"
+
+
+def plan_lines(plan: PlanSummary) -> list[str]:
+    """Return the plan as a few lines for people."""
+    lines = [
+        f"Plan: {plan.peft_type} on {plan.modules} modules, output dtype {plan.output_dtype}.",
+        f"  tensors: {plan.tensors_merged} merged ({plan.tensors_added} of them added), "
+        f"{plan.tensors_copied} copied, {plan.tensors_cast} cast",
+        f"  reads {plan.read_bytes / 1e6:.1f} MB, writes {plan.write_bytes / 1e6:.1f} MB, "
+        f"needs {plan.disk_bytes / 1e6:.1f} MB of disk and {plan.peak_memory_bytes / 1e6:.0f} MB of memory to merge",
+    ]
+    return [*lines, *(f"  note: {note}" for note in plan.notes)]

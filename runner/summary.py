@@ -1,0 +1,181 @@
+"""The parts of a report as Markdown: each takes one noun and gives one section, safe whatever its texts hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from runner.errors import Problem
+from runner.markdown import block, code, details, escape, table
+from runner.plan import PlanSummary
+from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
+
+WORST_MODULES = 5
+_OUTCOMES = {Outcome.PASS: "✅", Outcome.FAIL: "❌", Outcome.WARN: "⚠️", Outcome.SKIPPED: "⏭️"}
+_HEADLINES = {
+    Status.PASS: "✅ Verified: the merged model is the base with the adapter, correctly rounded.",
+    Status.PASS_LOSSY: "⚠️ Verified, with a loss: the merge is exact, but its dtype keeps little of the adapter.",
+    Status.FAIL: "❌ Not verified: the merged model is not the base with the adapter.",
+    Status.NOT_VERIFIED: "❌ Not verified: a part of the judgement did not run.",
+}
+
+
+class Published(Protocol):
+    """What is told of a release; see `runner.publish.Release`."""
+
+    @property
+    def repo_id(self) -> str:
+        """`owner/name`."""
+
+    @property
+    def tag(self) -> str:
+        """Its name."""
+
+    @property
+    def commit(self) -> str:
+        """What the tag points to, 40 hex digits."""
+
+    @property
+    def url(self) -> str:
+        """Page of the revision."""
+
+    @property
+    def created(self) -> bool:
+        """False where the tag was there already and nothing was written."""
+
+
+def number(value: float | None) -> str:
+    """Return a measured number for people: four significant digits, a dash for none."""
+    if value is None:
+        return "–"
+    return str(int(value)) if math.isfinite(value) and value == int(value) and abs(value) < 1e15 else f"{value:.4g}"
+
+
+def size(size_bytes: int) -> str:
+    """Return a number of bytes for people."""
+    amount, unit = float(size_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if amount < 1024:
+            break
+        amount, unit = amount / 1024, larger
+    return f"{amount:.4g} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration for people."""
+    return f"{seconds:.1f} s" if seconds < 100 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
+
+
+def problems_section(problems: Sequence[Problem]) -> str:
+    """Return what went wrong, why, and what to do."""
+    parts = [
+        f"**{escape(problem.what)}**\n\n- Why: {escape(problem.why)}\n- Fix: {escape(problem.fix)}"
+        for problem in problems
+    ]
+    return "\n\n".join(["### Problems" if len(problems) > 1 else "### Problem", *parts])
+
+
+def release_section(release: Published) -> str:
+    """Return where the release is, and how to load it."""
+    state = "Published" if release.created else "Already published, nothing was changed"
+    # Only an address of the Web becomes a link; angle brackets keep everything else in it literal.
+    is_address = release.url.startswith(("https://", "http://")) and not set(release.url) & set(" <>\n|\\")
+    name = f"{code(release.repo_id)} at tag {code(release.tag)}"
+    place = f"[{name}](<{release.url}>)" if is_address else name
+    load = f'AutoModelForCausalLM.from_pretrained("{release.repo_id}", revision="{release.tag}")'
+    return f"{state}: {place}, commit {code(release.commit)}\n\n{block(load)}"
+
+
+def headline(status: Status) -> str:
+    """Return the verdict as one sentence."""
+    return f"**{_HEADLINES[status]}**"
+
+
+def verdict_section(verdict: Verdict) -> str:
+    """Return every check with its value and limit, failures in words."""
+    rows = [_check_row(check) for layer in Layer for check in verdict.checks if check.layer is layer]
+    parts = ["### Checks", table(("", "Layer", "Check", "Value", "Limit"), rows)]
+    told = [check for check in verdict.checks if check.detail and check.outcome is not Outcome.PASS]
+    parts += [f"- {_OUTCOMES[check.outcome]} {escape(check.name)}: {escape(check.detail)}" for check in told]
+    return "\n\n".join(parts[:2]) + ("\n\n" + "\n".join(parts[2:]) if parts[2:] else "")
+
+
+def quality_section(quality: Quality) -> str:
+    """Return what rounding cost, with the base beside it for comparison."""
+    rows = [
+        ("Share of the adapter's change that was kept", number(quality.retention), ""),
+        ("KL to the unmerged model, nats per token", number(quality.kl_mean_nats), number(quality.kl_base_mean_nats)),
+        ("The same, 99th percentile", number(quality.kl_p99_nats), ""),
+        ("Loss on the prompts, nats per token", number(quality.nll_merged_nats), number(quality.nll_base_nats)),
+        ("Same most likely token as unmerged", number(quality.top1_agreement), ""),
+        ("Effect of the adapter on the logits", number(quality.effect), ""),
+        ("Error of the merge relative to that effect", number(quality.effect_error), ""),
+    ]
+    note = f"Over {quality.tokens} tokens; unmerged loss {number(quality.nll_unmerged_nats)}. Reported, gates nothing."
+    return "\n\n".join(["### Quality", table(("", "Merged", "Base"), rows), note])
+
+
+def modules_section(modules: Sequence[ModuleRow]) -> str:
+    """Return the modules with the largest probe errors, and those that kept least."""
+    worst = sorted(modules, key=lambda row: (-(_rank(row.probe_error)), row.retention))[:WORST_MODULES]
+    rows = [(code(row.name), number(row.probe_error), number(row.delta_ratio), number(row.retention)) for row in worst]
+    title = f"Worst {len(worst)} of {len(modules)} changed modules"
+    return details(title, table(("Module", "Probe error", "‖ΔW‖/‖W‖", "Retention"), rows))
+
+
+def continuations_section(continuations: Sequence[Continuation]) -> str:
+    """Return what base, unmerged and merged model say after each prompt."""
+    parts = []
+    for item in continuations:
+        parts.append(f"**Prompt**\n\n{block(item.prompt)}")
+        for name, text in (("Base", item.base), ("Unmerged", item.unmerged), ("Merged", item.merged)):
+            parts.append(f"{name}\n\n{block(text)}")
+    return details(f"Continuations of {len(continuations)} prompts", "\n\n".join(parts))
+
+
+def plan_section(plan: PlanSummary) -> str:
+    """Return what the merge does, and what it needs."""
+    rows = [
+        ("Adapter", code(plan.peft_type)),
+        ("Output dtype", code(plan.output_dtype)),
+        ("Modules changed", str(plan.modules)),
+        ("Tensors merged", f"{plan.tensors_merged}, of them added {plan.tensors_added}"),
+        ("Tensors copied", str(plan.tensors_copied)),
+        ("Tensors cast", str(plan.tensors_cast)),
+        ("To read", size(plan.read_bytes)),
+        ("To write", size(plan.write_bytes)),
+        ("Disk needed", size(plan.disk_bytes)),
+        ("Peak memory, estimated from above", size(plan.peak_memory_bytes)),
+    ]
+    notes = "".join(f"\n- {escape(note)}" for note in plan.notes)
+    return f"### Plan\n\n{table(('', ''), rows)}" + (f"\n{notes}" if notes else "")
+
+
+def facts_section(title: str, facts: Mapping[str, object]) -> str:
+    """Return names and values as a folded table; empty values are left out."""
+    rows = [(escape(name), code(str(value))) for name, value in facts.items() if value not in ("", None)]
+    return details(title, table(("", ""), rows)) if rows else ""
+
+
+def timings_section(phases: Iterable[tuple[str, float]]) -> str:
+    """Return how long each phase took, as a folded table."""
+    rows = [(escape(name), duration(seconds)) for name, seconds in phases]
+    return details("Timings", table(("Phase", "Time"), rows)) if rows else ""
+
+
+def _check_row(check: Check) -> tuple[str, ...]:
+    mark = _OUTCOMES[check.outcome]
+    return (
+        mark,
+        escape(check.layer.value.replace("_", " ")),
+        escape(check.name),
+        number(check.value),
+        number(check.limit),
+    )
+
+
+def _rank(error: float | None) -> float:
+    if error is None:
+        return -1.0
+    return math.inf if math.isnan(error) else error

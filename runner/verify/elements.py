@@ -1,0 +1,210 @@
+"""Storage: every stored element, read again from disk, is the exact sum E correctly rounded.
+
+A touched element x' passes when its bits are those of round(E), or when |x' − E| <= ½ ulp(E) + noise, with the ulp of
+the output dtype and the bound of `runner.verify.exact` on a right float32 computation. The bits are compared first;
+the bound is only computed for what differs. An untouched tensor must have the base's very bytes, or, when another
+output dtype was asked for, the base's values rounded once. There is no other tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from runner.checkpoint.layout import TensorInfo
+from runner.verify.exact import Exact
+from runner.verify.tensors import FLOATS, read_bytes, read_rows, round_to, row_blocks, row_count, same_bits, ulp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deviation:
+    """One stored element that is not what it must be.
+
+    Attributes:
+        tensor: its stored name.
+        index: its position in the tensor.
+        expected: the right value, rounded to the output dtype.
+        found: the value on disk.
+        ulps: distance of `found` from the exact value, in units in the last place of the output dtype.
+    """
+
+    tensor: str
+    index: tuple[int, ...]
+    expected: float
+    found: float
+    ulps: float
+
+    def __str__(self) -> str:
+        place = ", ".join(map(str, self.index))
+        return f"{self.tensor}[{place}] is {self.found:.9g}, expected {self.expected:.9g} ({self.ulps:.3g} ulp off)"
+
+
+@dataclass(slots=True, kw_only=True)
+class Comparison:
+    """What comparing one touched tensor gave; sums are over all its elements, in float64.
+
+    Attributes:
+        violations: elements outside the bound.
+        worst: the one furthest off, in ulp.
+        new_non_finite: elements that are NaN or Inf on disk and not in the exact sum's own inputs.
+        elements: how many were compared.
+        kept: Σ (W' − W)·Δ.
+        delta_squared: Σ Δ².
+        base_squared: Σ W².
+    """
+
+    violations: int = 0
+    worst: Deviation | None = None
+    new_non_finite: int = 0
+    elements: int = 0
+    kept: float = 0.0
+    delta_squared: float = 0.0
+    base_squared: float = 0.0
+
+    @property
+    def retention(self) -> float:
+        """<W' − W, Δ>/‖Δ‖²: what the output dtype kept of the delta; 1.0 for no delta."""
+        return self.kept / self.delta_squared if self.delta_squared > 0 else 1.0
+
+    @property
+    def delta_ratio(self) -> float:
+        """‖Δ‖/‖W‖; 0.0 for an all-zero base."""
+        return float((self.delta_squared / self.base_squared) ** 0.5) if self.base_squared > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """A tensor and the folder that it is in."""
+
+    root: Path
+    info: TensorInfo
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return rows in the stored dtype."""
+        return read_rows(self.root, self.info, start, stop)
+
+
+def compare_touched(found: Stored, exact: Exact, base: Stored | None) -> Comparison:
+    """Return how the stored tensor `found` (BF16, F16 or F32) compares with E, block by block.
+
+    Args:
+        found: the merged tensor; must have E's shape.
+        exact: E.
+        base: W, for the size of the delta; None where the base has no tensor of that shape.
+
+    Raises:
+        BrokenCheckpoint: a file ends early.
+    """
+    result = Comparison()
+    for start, stop in row_blocks(exact.shape):
+        wanted = exact.rows(start, stop)
+        stored = found.rows(start, stop)
+        result.elements += wanted.numel()
+        _compare_block(result, found.info, exact, start, wanted, stored)
+        if base is not None:
+            _measure_delta(result, wanted, stored, base.rows(start, stop))
+    return result
+
+
+def compare_untouched(found: Stored, base: Stored) -> Comparison:
+    """Return how a tensor that the adapter leaves alone compares with the base's.
+
+    Same dtype: the bytes must be equal. Other dtype: the base's values, rounded once.
+
+    Raises:
+        BrokenCheckpoint: a file ends early.
+    """
+    result = Comparison()
+    for start, stop in row_blocks(base.info.shape):
+        if found.info.dtype == base.info.dtype:
+            left = read_bytes(found.root, found.info, start, stop)
+            if left == read_bytes(base.root, base.info, start, stop):
+                continue
+        _compare_cast(result, found, base, start, stop)
+    return result
+
+
+def same_exact(left: Exact, right: Exact) -> bool:
+    """Return whether two exact weights are equal in every element."""
+    if left.shape != right.shape:
+        return False
+    return all(bool(torch.equal(left.rows(*block), right.rows(*block))) for block in row_blocks(left.shape))
+
+
+def _compare_block(
+    result: Comparison, info: TensorInfo, exact: Exact, start: int, wanted: torch.Tensor, stored: torch.Tensor
+) -> None:
+    rounded = round_to(wanted, info.dtype)
+    stored = stored.view(wanted.shape)
+    finite = torch.isfinite(stored)
+    if not bool(finite.all()):
+        result.new_non_finite += int((~finite).sum())
+    differs = ~same_bits(rounded, stored, info.dtype)
+    if not bool(differs.any()):
+        return
+    unit = ulp(wanted, info.dtype)
+    noise = exact.noise(start, start + row_count(tuple(wanted.shape)), output_is_float32=info.dtype == "F32")
+    error = (stored.double() - wanted).abs()
+    bad = differs & ~(error <= 0.5 * unit + noise)  # a NaN fails every comparison, so it is bad
+    _record(result, info, start, bad, rounded, stored, (error / unit).nan_to_num(nan=torch.inf))
+
+
+def _compare_cast(result: Comparison, found: Stored, base: Stored, start: int, stop: int) -> None:
+    source, stored = base.rows(start, stop), found.rows(start, stop)
+    if base.info.dtype not in FLOATS or found.info.dtype not in FLOATS:
+        bad = source != stored
+        distance = (source.double() - stored.double()).abs()
+        _record(result, found.info, start, bad, source, stored, distance)
+        return
+    rounded = round_to(source.double(), found.info.dtype)
+    both_nan = torch.isnan(rounded) & torch.isnan(stored) & (found.info.dtype != base.info.dtype)
+    bad = ~(same_bits(rounded, stored, found.info.dtype) | both_nan)
+    result.new_non_finite += int((~torch.isfinite(stored) & torch.isfinite(source)).sum())
+    distance = (stored.double() - source.double()).abs() / ulp(source.double(), found.info.dtype)
+    _record(result, found.info, start, bad, rounded, stored, distance.nan_to_num(nan=torch.inf))
+
+
+def _record(
+    result: Comparison,
+    info: TensorInfo,
+    start: int,
+    bad: torch.Tensor,
+    rounded: torch.Tensor,
+    stored: torch.Tensor,
+    ulps: torch.Tensor,
+) -> None:
+    count = int(bad.sum())
+    if not count:
+        return
+    result.violations += count
+    # +1 so that a violation of distance 0 (a flipped sign of zero) is still above what is masked out.
+    flat = int(torch.where(bad, ulps + 1, torch.zeros_like(ulps)).argmax())
+    distance = float(ulps.flatten()[flat])
+    if result.worst is None or distance > result.worst.ulps:
+        index = [int(i) for i in torch.unravel_index(torch.tensor(flat), rounded.shape)]
+        index[0] += start
+        result.worst = Deviation(
+            tensor=info.name,
+            index=tuple(index) if info.shape else (),
+            expected=float(rounded.flatten()[flat]),
+            found=float(stored.flatten()[flat]),
+            ulps=distance,
+        )
+
+
+def _measure_delta(result: Comparison, wanted: torch.Tensor, stored: torch.Tensor, base: torch.Tensor) -> None:
+    base = base.double().view(wanted.shape)
+    delta = wanted - base
+    kept = (stored.double().view(wanted.shape) - base) * delta
+    result.kept += float(kept.sum())
+    result.delta_squared += float(delta.square().sum())
+    result.base_squared += float(base.square().sum())
+
+
+def blocks_of(exact: Exact) -> Iterator[torch.Tensor]:
+    """Yield E's row blocks in order."""
+    for start, stop in row_blocks(exact.shape):
+        yield exact.rows(start, stop)

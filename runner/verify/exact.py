@@ -1,0 +1,153 @@
+"""The exact merged weight E of one parameter, in float64, by row blocks.
+
+`noise` bounds how far a *right* merge, computed in float32 and rounded once, may be from E before that rounding.
+With u = 2^-24 (half an ulp of float32 in relative terms) and the standard bound for a dot product of r terms in any
+order, fused or not:
+
+    |fl(Σ b·a) − Σ b·a| <= r·u·Σ|b||a|      the product B·A
+    two more u·|s|·Σ|b||a|                  the scaling factor as float32, and the multiplication by it
+    u·|E|                                   the sum W + Δ as float32, before it is rounded to 16 bits
+
+so noise = u·((r + 2)·|s|·Σ|b||a| + |E|), and without the last term when the output itself is float32: there it is the
+one rounding that the half ulp stands for. It scales with what was accumulated, so it neither flags a right merge of
+high rank nor hides a wrong one: for bf16 it is a few thousandths of an ulp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from runner.checkpoint.layout import TensorInfo
+from runner.verify.recipe import LowRank
+from runner.verify.tensors import read_rows, read_tensor
+
+UNIT = 2.0**-24 * 1.001  # u, with room for its own second-order terms
+ReadRows = Callable[[int, int], torch.Tensor]
+
+
+class Exact(Protocol):
+    """E of one parameter."""
+
+    shape: tuple[int, ...]
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return rows of E: float64, shape (stop - start, ...)."""
+        ...
+
+    def noise(self, start: int, stop: int, *, output_is_float32: bool) -> torch.Tensor:
+        """Return the bound on a right float32 computation's distance from these rows: float64, broadcastable."""
+        ...
+
+
+class ExactLowRank:
+    """E = W + s·B·A, with A and B in memory and W read as needed."""
+
+    def __init__(self, *, base: ReadRows, shape: tuple[int, ...], a: torch.Tensor, b: torch.Tensor, scaling: float):
+        """Take W's reader, W's shape, and A (rank, columns) and B (rows, rank) so that E = W + scaling·(B·A)."""
+        self.shape = shape
+        self._base = base
+        self._a = a.double()
+        self._b = b.double()
+        self._scaling = scaling
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return rows of E in float64."""
+        return self._base(start, stop).double() + self._scaling * (self._b[start:stop] @ self._a)
+
+    def noise(self, start: int, stop: int, *, output_is_float32: bool) -> torch.Tensor:
+        """Return the bound of the module's docstring."""
+        rank = self._a.shape[0]
+        bound = (rank + 2) * abs(self._scaling) * (self._b[start:stop].abs() @ self._a.abs())
+        if not output_is_float32:
+            bound += self.rows(start, stop).abs()
+        return UNIT * bound
+
+
+class ExactShift:
+    """E = W + s·v for a vector: a LoRA bias. Two float32 roundings before the last one: s, and its product."""
+
+    def __init__(self, *, base: ReadRows, shape: tuple[int, ...], vector: torch.Tensor, scaling: float):
+        """Take W's reader and shape, v of the same shape, and s."""
+        self.shape = shape
+        self._base = base
+        self._delta = vector.double() * scaling
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return rows of E in float64."""
+        return self._base(start, stop).double() + self._delta[start:stop]
+
+    def noise(self, start: int, stop: int, *, output_is_float32: bool) -> torch.Tensor:
+        """Return the bound on those roundings."""
+        bound = 2 * self._delta[start:stop].abs()
+        if not output_is_float32:
+            bound = bound + self.rows(start, stop).abs()
+        return UNIT * bound
+
+
+class ExactStored:
+    """E is a stored tensor; rounding it is all that may happen."""
+
+    def __init__(self, root: Path, tensor: TensorInfo):
+        """Take the folder and the tensor in it."""
+        self.shape = tensor.shape
+        self._root = root
+        self._tensor = tensor
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return rows of E in float64."""
+        return read_rows(self._root, self._tensor, start, stop).double()
+
+    def noise(self, start: int, stop: int, *, output_is_float32: bool) -> torch.Tensor:
+        """Return zero."""
+        return torch.zeros((), dtype=torch.float64)
+
+
+class ExactFromPeft:
+    """E as PEFT's own layer merges it in float64, beside the same merge in float32.
+
+    There is no closed form to derive a bound from, so the noise is measured: the distance of PEFT's float32 merge
+    (the reference of a right merge) from its float64 merge, four times, plus 2^-21·(|W| + |E|), which is 1/16384 of a
+    bf16 ulp and four float32 ulp (2^-22, two of them, when the output is float32).
+    """
+
+    def __init__(self, *, exact: torch.Tensor, single: torch.Tensor, base: torch.Tensor):
+        """Take the merge in float64 and float32, and the base, all of one shape."""
+        self.shape = tuple(exact.shape)
+        self._exact = exact
+        self._single = single
+        self._base = base
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return rows of E in float64."""
+        return self._exact.view(self.shape or (1,))[start:stop]
+
+    def noise(self, start: int, stop: int, *, output_is_float32: bool) -> torch.Tensor:
+        """Return the measured bound."""
+        exact = self.rows(start, stop)
+        single = self._single.view(self.shape or (1,))[start:stop].double()
+        base = self._base.view(self.shape or (1,))[start:stop].double()
+        floor = 2.0**-22 if output_is_float32 else 2.0**-21
+        return 4 * (single - exact).abs() + floor * (base.abs() + exact.abs())
+
+
+def low_rank(
+    rule: LowRank, *, adapter: Path, tensors: dict[str, TensorInfo], base: ReadRows, shape: tuple[int, ...], flip: bool
+) -> ExactLowRank:
+    """Return E of a LoRA rule.
+
+    Args:
+        rule: which adapter tensors, which factor.
+        adapter: the adapter's folder.
+        tensors: its tensors by name.
+        base: reads rows of W.
+        shape: of W.
+        flip: whether W is stored as (in, out), as Conv1D does.
+    """
+    a, b = read_tensor(adapter, tensors[rule.a]), read_tensor(adapter, tensors[rule.b])
+    if rule.is_embedding or flip:  # (B·A)ᵀ = Aᵀ·Bᵀ
+        a, b = b.T.contiguous(), a.T.contiguous()
+    return ExactLowRank(base=base, shape=shape, a=a, b=b, scaling=rule.scaling)

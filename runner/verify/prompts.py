@@ -1,0 +1,166 @@
+"""What the models are asked: built-in texts, chats in the model's own template, random tokens, and the user's prompts.
+
+Prompts exist for coverage (scripts, code, special tokens, rare rows of the embedding), not for statistics: one wrong
+tensor shows in any of them. Without a tokenizer, only random token ids are used. The same seed gives the same ids.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from runner.verify.models import LOAD_ERRORS, quiet
+
+TEXTS = (
+    "The keeper of the lighthouse wrote down the weather every morning, even on the day the war ended.",
+    "Der Zug nach Heidelberg hatte vierzig Minuten Verspätung, aber niemand im Abteil schien es zu bemerken.",
+    "昨天下午下了一场大雨，街上的人都跑进了旁边的书店。",
+    "La bibliothèque ferme à dix-huit heures; après, il faut rendre les livres dans la boîte devant la porte.",
+    "def mean(values: list[float]) -> float:\n    if not values:\n        return 0.0\n    return sum(values) / len(values)\n",
+    "SELECT city, COUNT(*) AS orders FROM sales WHERE day >= '2024-01-01' GROUP BY city ORDER BY orders DESC;",
+    '{"name": "sensor-7", "readings": [12.5, 13.1, null], "unit": "°C", "ok": true}',
+    "If 3x + 7 = 22, then x = 5, because 22 − 7 = 15 and 15 / 3 = 5. Hence x² = 25.",
+)
+CHATS = (
+    ({"role": "user", "content": "What is the capital of France?"},),
+    (
+        {"role": "user", "content": "Name three primary colours."},
+        {"role": "assistant", "content": "Red, yellow and blue."},
+        {"role": "user", "content": "Which of them is the warmest, and why?"},
+    ),
+)
+RANDOM_SEQUENCES = 4
+RANDOM_LENGTH = 48
+MAX_TOKENS = 128
+CONTINUED = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSequence:
+    """Token ids to run the models on.
+
+    Attributes:
+        label: how to show it: the text's start.
+        ids: one row of token ids, int64, shape (tokens,).
+        is_text: whether it is language, and not random ids.
+    """
+
+    label: str
+    ids: torch.Tensor
+    is_text: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Questions:
+    """Everything to ask.
+
+    Attributes:
+        sequences: at least one.
+        continued: those to be continued for the human reader.
+        tokenizer: to read the answers with, or None.
+        skipped: user prompts that could not be used, with the reason.
+    """
+
+    sequences: tuple[TokenSequence, ...]
+    continued: tuple[TokenSequence, ...]
+    tokenizer: Any
+    skipped: tuple[str, ...]
+
+    def text(self, ids: torch.Tensor) -> str:
+        """Return generated ids as text."""
+        if self.tokenizer is None:
+            return " ".join(str(int(i)) for i in ids)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def make_questions(folder: Path, *, rows: int, max_tokens: int, prompts: Sequence[str], seed: int) -> Questions:
+    """Return the questions for a model.
+
+    Args:
+        folder: where the tokenizer is.
+        rows: of the input embedding; no id reaches it.
+        max_tokens: that the model can take.
+        prompts: the user's: texts, or chats as the JSON object {"messages": [...]}.
+        seed: of the random ids.
+    """
+    tokenizer = _tokenizer(folder)
+    length = max(2, min(MAX_TOKENS, max_tokens))
+    own: list[TokenSequence] = []
+    skipped: list[str] = []
+    for prompt in prompts:
+        made = _sequence(tokenizer, prompt, rows, length)
+        if made is None:
+            skipped.append(prompt[:60])
+        else:
+            own.append(made)
+    built_in = [*CHATS, *TEXTS] if tokenizer is not None and tokenizer.chat_template else list(TEXTS)
+    ours = [made for text in built_in if (made := _sequence(tokenizer, text, rows, length)) is not None]
+    noise = list(_random(rows, min(length, RANDOM_LENGTH), seed))
+    texts = own + ours
+    return Questions(
+        sequences=(*texts, *noise),
+        continued=tuple((texts or noise)[:CONTINUED]),
+        tokenizer=tokenizer,
+        skipped=tuple(skipped),
+    )
+
+
+def _sequence(tokenizer: Any, prompt: Any, rows: int, length: int) -> TokenSequence | None:
+    """Return the prompt's ids, or None where the tokenizer or the embedding has no room for it."""
+    if tokenizer is None:
+        return None
+    chat = _messages(prompt)
+    try:
+        if chat is not None and tokenizer.chat_template:
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            text = "\n".join(str(turn["content"]) for turn in chat) if chat is not None else prompt
+            ids = tokenizer(text)["input_ids"]
+    except (*LOAD_ERRORS, _template_error()):
+        return None
+    if len(ids) < 2 or max(ids) >= rows:
+        return None
+    label = str(chat[-1]["content"]) if chat is not None else str(prompt)
+    return TokenSequence(label=label, ids=torch.tensor(ids[:length]), is_text=True)
+
+
+def _messages(prompt: Any) -> list[dict[str, Any]] | None:
+    if not isinstance(prompt, str):
+        return [dict(turn) for turn in prompt]
+    if not prompt.lstrip().startswith('{"messages"'):
+        return None
+    try:
+        turns = json.loads(prompt)["messages"]
+        return [{**turn, "content": turn["content"]} for turn in turns] or None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _random(rows: int, length: int, seed: int) -> Iterator[TokenSequence]:
+    generator = torch.Generator().manual_seed(seed)
+    for number in range(RANDOM_SEQUENCES):
+        ids = torch.randint(rows, (length,), generator=generator)
+        yield TokenSequence(label=f"random ids {number + 1}", ids=ids, is_text=False)
+
+
+def _tokenizer(folder: Path) -> Any:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except LOAD_ERRORS:
+        return None
+
+
+def _template_error() -> type[Exception]:
+    from jinja2 import TemplateError
+
+    return TemplateError

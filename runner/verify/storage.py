@@ -1,0 +1,167 @@
+"""The storage layer as checks: runs `runner.verify.elements` over every tensor of the merged folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from runner.checkpoint.layout import Checkpoint
+from runner.verify.elements import Comparison, Deviation, Stored, compare_touched, compare_untouched, same_exact
+from runner.verify.exact import ExactStored
+from runner.verify.models import LOAD_ERRORS, Unmerged, first_line
+from runner.verify.targets import Sources, Target, Targets
+from runner.verify.tensors import FLOATS
+from runner.verify.verdict import Check, Layer, Outcome
+
+
+@dataclass(slots=True)
+class Tally:
+    """Violations of one kind, over tensors."""
+
+    tensors: int = 0
+    elements: int = 0
+    bad_tensors: int = 0
+    violations: int = 0
+    worst: Deviation | None = None
+
+    def add(self, result: Comparison) -> None:
+        """Count one tensor."""
+        self.tensors += 1
+        self.elements += result.elements
+        self.bad_tensors += result.violations > 0
+        self.violations += result.violations
+        if result.worst is not None and (self.worst is None or result.worst.ulps > self.worst.ulps):
+            self.worst = result.worst
+
+
+@dataclass(slots=True)
+class Storage:
+    """What this layer found.
+
+    Attributes:
+        touched: over the tensors that the adapter acts on.
+        untouched: over all others.
+        non_finite: stored name → elements that are NaN or Inf and should not be.
+        unjudged: stored name → why its exact value could not be computed.
+        comparisons: by stored name, for the tensors that the adapter acts on.
+    """
+
+    touched: Tally = field(default_factory=Tally)
+    untouched: Tally = field(default_factory=Tally)
+    non_finite: dict[str, int] = field(default_factory=dict)
+    unjudged: dict[str, str] = field(default_factory=dict)
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+
+    @property
+    def retention(self) -> float:
+        """What the output dtype kept of all deltas together; 1.0 where nothing changed."""
+        kept = sum(result.kept for result in self.comparisons.values())
+        delta = sum(result.delta_squared for result in self.comparisons.values())
+        return kept / delta if delta > 0 else 1.0
+
+    @property
+    def has_delta(self) -> bool:
+        """Whether the adapter changes any weight that the base has."""
+        return any(result.delta_squared > 0 for result in self.comparisons.values())
+
+
+def compare_storage(
+    *, merged: Checkpoint, sources: Sources, targets: Targets, on_progress: Callable[[float], None]
+) -> Storage:
+    """Return how every tensor on disk compares; tensors that are missing or of a wrong form are structure's to tell.
+
+    Raises:
+        BrokenCheckpoint: a file ends early.
+    """
+    result = Storage()
+    wanted = {**targets.optional, **targets.required}
+    order = sorted(wanted.values(), key=lambda target: (sources.unit_of(target.key) or "", target.stored))
+    for number, target in enumerate(order):
+        info = merged.tensors.get(target.stored)
+        if info is None or info.shape != target.shape or info.dtype != target.dtype:
+            continue
+        _compare(result, Stored(root=merged.root, info=info), target, sources)
+        on_progress((number + 1) / len(order))
+    return result
+
+
+def judge_storage(result: Storage, targets: Targets, unmerged: Unmerged) -> tuple[Check, ...]:
+    """Return the checks of this layer."""
+    placed = _names("The adapter tensor", unmerged.unplaced, "fits nothing in the base; PEFT leaves it out")
+    finite = ""
+    if result.non_finite:
+        name, count = next(iter(result.non_finite.items()))
+        finite = f"{name} holds {count} NaN or Inf" + _more(len(result.non_finite))
+    checks = [
+        _check("every adapter tensor is used", placed, len(unmerged.unplaced)),
+        _check("touched elements are the exact sum, rounded once", _deviations(result.touched), result.touched.violations),
+        _check("untouched tensors are the base's", _deviations(result.untouched), result.untouched.violations),
+        _check("no NaN or Inf that the base had not", finite, sum(result.non_finite.values())),
+    ]
+    unknown = {**dict.fromkeys(targets.unmapped, "it is computed from several stored tensors"), **result.unjudged}
+    if unknown:
+        name, reason = next(iter(unknown.items()))
+        checks.append(
+            Check(
+                layer=Layer.STORAGE,
+                name="every touched tensor could be judged",
+                outcome=Outcome.SKIPPED,
+                value=float(len(unknown)),
+                limit=0.0,
+                detail=f"{name} was not judged: {reason}" + _more(len(unknown)),
+            )
+        )
+    return tuple(checks)
+
+
+def _compare(result: Storage, found: Stored, target: Target, sources: Sources) -> None:
+    name = target.stored
+    if not target.is_touched:
+        outcome = compare_untouched(found, target.base)
+        result.untouched.add(outcome)
+    elif found.info.dtype not in FLOATS:
+        result.unjudged[name] = f"it is stored as {found.info.dtype}"
+        return
+    else:
+        try:
+            exact = sources.exact(target.key)
+        except LOAD_ERRORS as error:
+            result.unjudged[name] = f"PEFT's own merge of it fails: {first_line(error)}"
+            return
+        base = target.same_shape_base
+        outcome = compare_touched(found, exact, base)
+        if outcome.delta_squared == 0.0 and base is not None and same_exact(exact, ExactStored(base.root, base.info)):
+            # The adapter has no effect here (B = 0, an unchanged bias), so the bytes must be the base's.
+            strict = compare_untouched(found, base)
+            result.untouched.add(strict)
+            outcome.new_non_finite = strict.new_non_finite
+        else:
+            result.touched.add(outcome)
+        result.comparisons[name] = outcome
+    if outcome.new_non_finite:
+        result.non_finite[name] = outcome.new_non_finite
+
+
+def _deviations(tally: Tally) -> str:
+    if not tally.violations:
+        return ""
+    return f"{tally.violations} elements in {tally.bad_tensors} of {tally.tensors} tensors; the worst: {tally.worst}"
+
+
+def _names(noun: str, names: tuple[str, ...], predicate: str) -> str:
+    return f"{noun} {names[0]!r} {predicate}" + _more(len(names)) if names else ""
+
+
+def _more(count: int) -> str:
+    return f" (and {count - 1} more)" if count > 1 else ""
+
+
+def _check(name: str, problem: str, count: int) -> Check:
+    return Check(
+        layer=Layer.STORAGE,
+        name=name,
+        outcome=Outcome.FAIL if problem else Outcome.PASS,
+        value=float(count),
+        limit=0.0,
+        detail=f"{problem}." if problem else "",
+    )

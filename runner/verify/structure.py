@@ -1,0 +1,214 @@
+"""Structure: the merged folder is a whole checkpoint of the same model, and nothing else. Exact; no torch.
+
+Checked: headers, index and totals agree; every expected tensor is there with its name, shape and dtype, and no other;
+the tie flag is true to the tensors; config.json is the base's but for documented keys; tokenizer, chat template and
+generation config are byte for byte the base's or the adapter's; no adapter and no second set of weights lies in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.checkpoint.layout import INDEX_FILE, Checkpoint, TensorInfo
+from runner.verify.verdict import Check, Layer, Outcome
+
+DTYPE_KEYS = ("dtype", "torch_dtype")
+# Written by whatever saved the folder last; no loader computes with them.
+HARMLESS_KEYS = frozenset({"transformers_version", "_name_or_path"})
+VOCABULARIES = frozenset(
+    "tokenizer.json tokenizer.model vocab.json vocab.txt spiece.model sentencepiece.bpe.model".split()
+)
+TOKENIZER_FILES = VOCABULARIES | frozenset(
+    "tokenizer_config.json special_tokens_map.json added_tokens.json merges.txt chat_template.jinja "
+    "chat_template.json".split()
+)
+OTHER_FILES = ("generation_config.json",)
+_MISSING = object()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """A tensor that the folder must, or may, hold."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """What the folder must look like.
+
+    Attributes:
+        required: tensors by stored name.
+        optional: tensors that may be there.
+        dtype: "auto", or the requested output dtype.
+        is_untied: whether the base ties its embeddings and a right merge does not.
+        rows: the vocabulary's size where the adapter changes it, else None.
+    """
+
+    required: Mapping[str, Wanted]
+    optional: Mapping[str, Wanted]
+    dtype: str
+    is_untied: bool
+    rows: int | None
+
+
+def judge_structure(*, base: Checkpoint, adapter: Path, merged: Checkpoint, form: Form) -> Iterator[Check]:
+    """Yield the checks of this layer, in a fixed order.
+
+    Args:
+        base: the base, read.
+        adapter: the adapter's folder.
+        merged: the merged folder, read; that this was possible is itself a check of the caller's.
+        form: what is expected.
+    """
+    yield _tensors(merged.tensors, form)
+    yield _totals(base, merged)
+    yield _strays(merged)
+    yield _config(base.root, merged.root, form)
+    yield _tie_flag(base.root, merged, form)
+    yield _tokenizer(base.root, adapter, merged.root)
+    yield _other_files(base.root, adapter, merged.root)
+
+
+def _tensors(found: Mapping[str, TensorInfo], form: Form) -> Check:
+    known = {**form.optional, **form.required}
+    problems = [f"{name} is missing" for name in form.required if name not in found]
+    problems += [f"{name} is not expected" for name in found if name not in known]
+    for name, wanted in known.items():
+        if name in found and found[name].shape != wanted.shape:
+            problems.append(f"{name} has shape {list(found[name].shape)}, expected {list(wanted.shape)}")
+        elif name in found and found[name].dtype != wanted.dtype:
+            problems.append(f"{name} is {found[name].dtype}, expected {wanted.dtype}")
+    return _check("every tensor has its name, shape and dtype, and none is extra", problems, limit=0)
+
+
+def _totals(base: Checkpoint, merged: Checkpoint) -> Check:
+    name = "index and headers agree"
+    if not merged.is_indexed:
+        return _check(name, [])
+    total = _total_size(merged.root)
+    inherited = _total_size(base.root) if base.is_indexed and base.data_bytes == merged.data_bytes else _MISSING
+    if total in (_MISSING, merged.data_bytes) or total == inherited:
+        return _check(name, [])
+    return _check(name, [f"{INDEX_FILE} says total_size {total}, the tensors have {merged.data_bytes} bytes"])
+
+
+def _total_size(root: Path) -> Any:
+    metadata = json.loads((root / INDEX_FILE).read_bytes()).get("metadata") or {}
+    return metadata.get("total_size", _MISSING)
+
+
+def _strays(merged: Checkpoint) -> Check:
+    mine = {file.name for file in merged.files} | ({INDEX_FILE} if merged.is_indexed else set())
+    weights = ("*.safetensors", "*.index.json", "*.pt", "*.pth", "*.h5", "*.msgpack", "pytorch_model*", "adapter_*")
+    strays = sorted({path.name for pattern in weights for path in merged.root.glob(pattern)} - mine)
+    problems = [f"{name} lies in the folder; a loader may take it for weights or an adapter" for name in strays]
+    return _check("no adapter and no second set of weights", problems)
+
+
+def _config(base: Path, merged: Path, form: Form) -> Check:
+    name = "config.json is the base's but for documented keys"
+    before, after = read_json(base / "config.json"), read_json(merged / "config.json")
+    if after is None:
+        return _check(name, ["config.json is missing or not a JSON object"])
+    return _check(name, list(_config_problems(before or {}, after, form, "")))
+
+
+def _config_problems(before: Mapping[str, Any], after: Mapping[str, Any], form: Form, path: str) -> Iterator[str]:
+    for key in sorted({*before, *after} - HARMLESS_KEYS):
+        old, new = before.get(key, _MISSING), after.get(key, _MISSING)
+        if old == new:
+            continue
+        if key in ("text_config", "llm_config") and isinstance(old, dict) and isinstance(new, dict):
+            yield from _config_problems(old, new, form, f"{path}{key}.")
+        elif not _may_change(key, new, form):
+            yield f"{path}{key} is {_show(new)}, expected {_show(old)}"
+
+
+def _may_change(key: str, new: Any, form: Form) -> bool:
+    if key in DTYPE_KEYS:
+        return form.dtype != "auto" and new in (form.dtype, f"torch.{form.dtype}")
+    if key == "tie_word_embeddings":
+        return form.is_untied and new is False
+    if key == "vocab_size":
+        return form.rows is not None and new == form.rows
+    return key == "quantization_config" and new is _MISSING
+
+
+def _tie_flag(base: Path, merged: Checkpoint, form: Form) -> Check:
+    name = "the tie flag is true to the tensors"
+    before, after = read_json(base / "config.json") or {}, read_json(merged.root / "config.json") or {}
+    if form.is_untied:
+        wrong = [path for path, value in _ties(after) if value is not False]
+        said = any(value is False for _, value in _ties(after))
+        problems = [f"{path} is true, but the two embeddings must differ" for path in wrong]
+        if not wrong and not said:
+            problems = ["tie_word_embeddings must be false, because the two embeddings must differ"]
+        return _check(name, problems)
+    changed = dict(_ties(before)) != dict(_ties(after))
+    return _check(name, ["tie_word_embeddings is not the base's, and the adapter unties nothing"] if changed else [])
+
+
+def _ties(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for holder, prefix in ((config, ""), (config.get("text_config"), "text_config.")):
+        if isinstance(holder, dict) and "tie_word_embeddings" in holder:
+            yield f"{prefix}tie_word_embeddings", holder["tie_word_embeddings"]
+
+
+def _tokenizer(base: Path, adapter: Path, merged: Path) -> Check:
+    found = _files(merged, TOKENIZER_FILES)
+    ours = _files(base, TOKENIZER_FILES)
+    theirs = _files(adapter, TOKENIZER_FILES)
+    sides = [ours, theirs] if theirs.keys() & VOCABULARIES else [ours]
+    problems = []
+    if found not in sides:
+        differing = sorted(name for name in {*found, *ours} if found.get(name) != ours.get(name))
+        state = {name: "missing" if name not in found else "changed" if name in ours else "extra" for name in differing}
+        problems = [f"{name} is {state[name]}" for name in differing if found.get(name) != theirs.get(name)]
+        problems = problems or [f"{differing[0]} is the adapter's, but other tokenizer files are not"]
+    return _check("tokenizer and chat template are the base's or the adapter's, byte for byte", problems)
+
+
+def _other_files(base: Path, adapter: Path, merged: Path) -> Check:
+    problems = []
+    found, ours, theirs = (_files(root, OTHER_FILES) for root in (merged, base, adapter))
+    for name in OTHER_FILES:
+        if name not in found and name in ours:
+            problems.append(f"{name} is missing")
+        elif name in found and found[name] not in (ours.get(name), theirs.get(name)):
+            problems.append(f"{name} is neither the base's nor the adapter's")
+    return _check("the generation config is the base's or the adapter's, byte for byte", problems)
+
+
+def _files(root: Path, names: frozenset[str] | tuple[str, ...]) -> dict[str, bytes]:
+    return {name: (root / name).read_bytes() for name in names if (root / name).is_file()}
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file, or None where there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _show(value: Any) -> str:
+    return "absent" if value is _MISSING else json.dumps(value)[:80]
+
+
+def _check(name: str, problems: list[str], limit: float | None = None) -> Check:
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return Check(
+        layer=Layer.STRUCTURE,
+        name=name,
+        outcome=Outcome.FAIL if problems else Outcome.PASS,
+        value=float(len(problems)) if limit is not None else None,
+        limit=limit,
+        detail=f"{problems[0]}{more}." if problems else "",
+    )

@@ -1,0 +1,94 @@
+"""What the documents say is what the files say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from runner.errors import families
+from tools import tables
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("demo/**/*.md")])
+
+
+@pytest.mark.parametrize("name", tables.FILES)
+def test_tables_are_those_of_the_code(name: str) -> None:
+    text = (ROOT / name).read_text("utf-8")
+
+    assert tables.render(text) == text, "run `make fix`"
+
+
+def test_a_changed_table_is_noticed() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    damaged = text.replace("| `adapter-path` |", "| `adapter` |", 1)
+
+    assert damaged != text
+    assert tables.render(damaged) == text
+
+
+def test_readme_has_every_table() -> None:
+    names = {match["name"] for match in tables.BLOCK.finditer((ROOT / "README.md").read_text("utf-8"))}
+
+    assert names == {"inputs", "outputs", "exit-codes"}
+
+
+def test_errors_page_explains_every_class() -> None:
+    text = (ROOT / "docs" / "errors.md").read_text("utf-8")
+
+    missing = [family.__name__ for family in families() if f"`{family.__name__}`" not in text]
+
+    assert missing == []
+
+
+def test_workflows_in_the_documents_use_inputs_that_exist() -> None:
+    known = set(tables.read_action()["inputs"])
+    used: dict[str, set[str]] = {}
+    for document in DOCUMENTS:
+        for block in re.findall(r"```yaml\n(.*?)```", document.read_text("utf-8"), re.DOTALL):
+            for step in _steps(yaml.safe_load(block)):
+                used.setdefault(document.name, set()).update(step.get("with", {}))
+
+    assert used, "no document shows a workflow"
+    assert {name: sorted(inputs - known) for name, inputs in used.items() if inputs - known} == {}
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    broken = []
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text("utf-8")):
+            if "://" not in target and not (document.parent / target).exists():
+                broken.append(f"{document.relative_to(ROOT)} -> {target}")
+
+    assert broken == []
+
+
+def test_readme_has_a_phrase_for_every_room() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    tree = text[text.index("## The tree") :]
+    rooms = {
+        path.name for path in (ROOT / "runner").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+
+    missing = sorted(
+        name for name in rooms - {"__init__.py"} if not re.search(rf"^  {re.escape(name)}", tree, re.MULTILINE)
+    )
+
+    assert missing == []
+
+
+def _steps(document: object) -> list[dict[str, dict[str, object]]]:
+    """Return the steps in a workflow, or in a part of one, that use this action."""
+    found: list[dict[str, dict[str, object]]] = []
+    if isinstance(document, dict):
+        if "lora-merge-action@" in str(document.get("uses", "")):
+            found.append(document)
+        for value in document.values():
+            found.extend(_steps(value))
+    elif isinstance(document, list):
+        for value in document:
+            found.extend(_steps(value))
+    return found

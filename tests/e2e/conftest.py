@@ -1,0 +1,71 @@
+"""A tiny real base and adapter, a Hub on loopback, and the image where an engine answers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.contract.runner_emulator import ROOT, Runner
+from tests.hub.server import LocalHub
+from tests.verify.tiny import lora, save_adapter, save_base
+
+IMAGE = "lora-merge-action:test"
+REQUIRED = "LORA_MERGE_REQUIRE_ENGINE"
+BASE_IMAGE = "LORA_MERGE_TEST_BASE_IMAGE"
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with `base` and `adapter`."""
+    root = tmp_path_factory.mktemp("models")
+    base = save_base(root / "base", "llama")
+    save_adapter(root / "adapter", base, lora())
+    return root
+
+
+@pytest.fixture
+def runner(tmp_path: Path, models: Path) -> Runner:
+    """Return a runner whose workspace holds `base` and `adapter`."""
+    runner = Runner(tmp_path / "runner")
+    for name in ("base", "adapter"):
+        shutil.copytree(models / name, runner.workspace / name)
+    return runner
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[LocalHub]:
+    with LocalHub.start(tmp_path / "hub") as running:
+        running.add_user("alice")
+        yield running
+
+
+@pytest.fixture(scope="session")
+def image() -> str:
+    """Return the name of the image, built from this checkout by the builder that every host has."""
+    reason = _engine_problem()
+    if reason and os.environ.get(REQUIRED) == "1":
+        pytest.fail(f"{REQUIRED} is 1, but {reason}")
+    if reason:
+        pytest.skip(reason)
+    base_image = os.environ.get(BASE_IMAGE)
+    arguments = ["--build-arg", f"BASE_IMAGE={base_image}"] if base_image else []
+    command = ["docker", "build", "--network", "host", *arguments, "-t", IMAGE, str(ROOT)]
+    env = {**os.environ, "DOCKER_BUILDKIT": "0"}
+    built = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", check=False)
+    if built.returncode:
+        pytest.fail(f"the image cannot be built:\n{built.stdout[-3000:]}\n{built.stderr[-3000:]}")
+    return IMAGE
+
+
+def _engine_problem() -> str | None:
+    if shutil.which("docker") is None:
+        return "there is no docker program"
+    if "DOCKER_HOST" not in os.environ and not Path("/var/run/docker.sock").is_socket():
+        return "neither DOCKER_HOST nor /var/run/docker.sock names an engine"
+    asked = subprocess.run(["docker", "version"], capture_output=True, text=True, check=False)
+    return None if asked.returncode == 0 else f"no engine answers: {asked.stderr.strip()[-200:]}"

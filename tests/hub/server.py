@@ -1,0 +1,241 @@
+"""Start and stop a local Hub, and look into it: what tests and the demo use."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import uvicorn
+
+from tests.hub.accounts import Accounts, Role, Scope
+from tests.hub.app import App
+from tests.hub.disk import Blobs
+from tests.hub.faults import Fault
+from tests.hub.repos import Repositories
+from tests.hub.state import Exchange, Limits, State
+from tests.hub.view import RepoView, seed
+
+_DEFAULT = Limits()
+
+
+class LocalHub:
+    """A running Hub on a loopback socket; use `start`, and `with` or `stop`.
+
+    It runs in a thread, so it ends with the process that started it, however that ends. All state is under the root
+    folder: a Hub that is started again on the same folder has the same accounts, repositories and blobs.
+
+    Attributes:
+        endpoint: URL for `HF_ENDPOINT`, for example `http://localhost:41234`.
+        root: the folder.
+    """
+
+    def __init__(self, root: Path, limits: Limits, *, bind: str, port: int, api_host: str, blob_host: str) -> None:
+        self.root = root
+        self._socket = _listening_socket(bind, port)
+        port = self._socket.getsockname()[1]
+        self.endpoint = f"http://{api_host}:{port}"
+        self._state = State(
+            accounts=Accounts(file=root / "accounts.json"),
+            repos=Repositories(root=root / "repos"),
+            blobs=Blobs(root=root / "blobs"),
+            limits=limits,
+            endpoint=self.endpoint,
+            blob_endpoint=f"http://{blob_host}:{port}",
+            blob_host=blob_host,
+        )
+        config = uvicorn.Config(
+            App(self._state),
+            lifespan="off",
+            access_log=False,
+            log_level="error",  # a handler that breaks must be seen
+            http="h11",
+            ws="none",
+            timeout_graceful_shutdown=1,
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._socket]}, name="local-hub", daemon=True
+        )
+
+    @classmethod
+    def start(
+        cls,
+        root: Path,
+        *,
+        multipart_threshold_bytes: int = _DEFAULT.multipart_threshold_bytes,
+        part_size_bytes: int = _DEFAULT.part_size_bytes,
+        lfs_threshold_bytes: int = _DEFAULT.lfs_threshold_bytes,
+        page_entries: int = _DEFAULT.page_entries,
+        bind: str = "127.0.0.1",
+        port: int = 0,
+        api_host: str = "localhost",
+        blob_host: str = "127.0.0.1",
+    ) -> Self:
+        """Return a Hub that answers already (connections queue from the moment the socket is open).
+
+        Args:
+            root: where everything is kept; made if absent.
+            multipart_threshold_bytes: see `Limits`.
+            part_size_bytes: see `Limits`.
+            lfs_threshold_bytes: see `Limits`.
+            page_entries: see `Limits`.
+            bind: address to listen on.
+            port: 0 for a free one.
+            api_host: name under which clients reach the API.
+            blob_host: name under which clients reach the blobs; must differ from `api_host`, because clients follow
+                a redirect to the same host and then miss the headers of the file.
+        """
+        if api_host == blob_host:
+            raise ValueError("the blob host must have another name than the API host")
+        root.mkdir(parents=True, exist_ok=True)
+        limits = Limits(
+            multipart_threshold_bytes=multipart_threshold_bytes,
+            part_size_bytes=part_size_bytes,
+            lfs_threshold_bytes=lfs_threshold_bytes,
+            page_entries=page_entries,
+        )
+        hub = cls(root, limits, bind=bind, port=port, api_host=api_host, blob_host=blob_host)
+        hub._thread.start()
+        return hub
+
+    def stop(self) -> None:
+        """Close all connections and end the thread; the folder stays."""
+        self._server.should_exit = True
+        self._thread.join()
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def add_user(self, name: str) -> None:
+        """Add a user."""
+        self._state.accounts.add_user(name)
+
+    def add_org(self, name: str, members: Mapping[str, str]) -> None:
+        """Add an organisation with its members: user to role (read, contributor, write, admin)."""
+        self._state.accounts.add_org(name, members)
+
+    def add_token(self, user: str, role: Role = "write", scoped: Iterable[Scope] = ()) -> str:
+        """Return a new token.
+
+        Args:
+            user: whose.
+            role: read, write or fineGrained.
+            scoped: for fineGrained: (`model`, `user` or `org`; its name; permissions such as `repo.write` and
+                `repo.content.read`).
+        """
+        return self._state.accounts.add_token(user, role, scoped)
+
+    def revoke(self, token: str) -> None:
+        """Make a token unknown."""
+        self._state.accounts.revoke(token)
+
+    def add_model(self, repo_id: str, folder: Path, *, private: bool = False) -> str:
+        """Make a repository of the files of a folder, without a client; return the commit that holds them.
+
+        Its owner is added as a user where no account has that name.
+        """
+        owner = repo_id.partition("/")[0]
+        if owner not in self._state.accounts.orgs:
+            self.add_user(owner)
+        return seed(self._state, repo_id, folder, private=private)
+
+    def gate(self, repo_id: str, *, gated: bool = True) -> None:
+        """Let only members download from a repository, as a gated model does."""
+        repo = self._state.repos.get(repo_id)
+        if repo is None:
+            raise KeyError(repo_id)
+        repo.state.gated = gated
+        repo.save()
+
+    def repo(self, repo_id: str) -> RepoView | None:
+        """Return what the server holds of a repository, None if it does not exist."""
+        repo = self._state.repos.get(repo_id)
+        return None if repo is None else RepoView(_repo=repo, _blobs=self._state.blobs)
+
+    def fail(
+        self,
+        *,
+        method: str = "*",
+        path: str,
+        times: int = 1,
+        skip: int = 0,
+        status: int = 503,
+        after_apply: bool = False,
+        drop: bool = False,
+        delay_s: float = 0.0,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Make matching requests fail; see `Fault` for the meaning of each argument."""
+        self._state.faults.add(
+            Fault(
+                method=method,
+                path=path,
+                times=times,
+                skip=skip,
+                status=status,
+                after_apply=after_apply,
+                drop=drop,
+                delay_s=delay_s,
+                headers=headers or {},
+            )
+        )
+
+    def damage(self, path: str) -> None:
+        """Make the next commit of file `path` store other bytes (and their digest) than the client sent."""
+        self._state.faults.damage(path)
+
+    def heal(self) -> None:
+        """Forget all faults and damages."""
+        self._state.faults.clear()
+
+    def exchanges(self) -> list[Exchange]:
+        """Return all exchanges so far, in the order of their answers."""
+        return list(self._state.log)
+
+    def requests(self) -> list[tuple[str, str]]:
+        """Return (method, raw path) of all requests so far, to the blob host too."""
+        return [(exchange.method, exchange.path) for exchange in self._state.log]
+
+    def forget_requests(self) -> None:
+        """Empty the log."""
+        self._state.log.clear()
+
+    def env(self, token: str | None = None, *, home: Path | None = None) -> dict[str, str]:
+        """Return what a client process needs in its environment.
+
+        Args:
+            token: for `HF_TOKEN`; None leaves it out.
+            home: for `HF_HOME`, which should be fresh for each test; None leaves it out.
+        """
+        env = {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "localhost,127.0.0.1",
+        }
+        if token is not None:
+            env["HF_TOKEN"] = token
+        if home is not None:
+            env["HF_HOME"] = str(home)
+        return env
+
+
+def _listening_socket(bind: str, port: int) -> socket.socket:
+    # asyncio turns Nagle's algorithm off only where the protocol number is given, which `create_server` does not do;
+    # without it each answer on a kept connection waits 40 ms for the client's delayed acknowledgement.
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.bind((bind, port))
+    listening.listen(128)
+    return listening

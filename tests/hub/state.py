@@ -1,0 +1,145 @@
+"""What all handlers share: accounts, repositories, blobs, limits, and who may do what."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from urllib.parse import quote, urlencode
+
+from tests.hub import refusals
+from tests.hub.accounts import Accounts, Token
+from tests.hub.disk import Blobs
+from tests.hub.faults import Faults
+from tests.hub.protocol import Request
+from tests.hub.repos import Repositories, Repository
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Sizes at which the Hub changes its behaviour; tests make them small.
+
+    Attributes:
+        multipart_threshold_bytes: LFS files of this size or more are uploaded in parts.
+        part_size_bytes: of each part but the last.
+        lfs_threshold_bytes: files of this size or more go to LFS whatever their name.
+        page_entries: entries on a page of a listing (a twentieth of it when expanded).
+    """
+
+    multipart_threshold_bytes: int = 64 << 20
+    part_size_bytes: int = 16 << 20
+    lfs_threshold_bytes: int = 10 << 20
+    page_entries: int = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exchange:
+    """One request that was answered.
+
+    Attributes:
+        method: upper case.
+        path: raw, without the query.
+        query: decoded.
+        status: of the answer; 0 if the connection was broken.
+        received_bytes: of the request's body.
+        sent_bytes: of the answer's body.
+        signed_in: whether it carried an Authorization header.
+        routed: False for a request that this server does not know.
+    """
+
+    method: str
+    path: str
+    query: Mapping[str, list[str]]
+    status: int
+    received_bytes: int
+    sent_bytes: int
+    signed_in: bool
+    routed: bool
+
+
+@dataclass(slots=True, kw_only=True)
+class State:
+    """One Hub.
+
+    Attributes:
+        endpoint: URL of the API.
+        blob_endpoint: URL of the blob host; another origin, so that clients must not send their token there.
+        blob_host: its host name.
+        log: all exchanges so far.
+    """
+
+    accounts: Accounts
+    repos: Repositories
+    blobs: Blobs
+    limits: Limits
+    endpoint: str
+    blob_endpoint: str
+    blob_host: str
+    faults: Faults = field(default_factory=Faults)
+    log: list[Exchange] = field(default_factory=list)
+    _secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
+
+    def caller(self, request: Request) -> Token | None:
+        """Return whose request it is; refuses unknown tokens."""
+        return self.accounts.identify(request.headers.get("authorization"))
+
+    def signed_in(self, request: Request) -> Token:
+        """Return whose request it is; refuses anonymous ones."""
+        token = self.caller(request)
+        if token is None:
+            raise refusals.not_signed_in()
+        return token
+
+    def readable(self, request: Request, repo_id: str) -> Repository:
+        """Return a repository; one that the caller may not see is answered like one that is not there."""
+        token = self.caller(request)
+        repo = self.repos.get(repo_id)
+        if repo is not None and not repo.state.private:
+            return repo
+        if token is None:
+            # Over https the client takes any such 401 for an absent repository; over http it needs to be told.
+            raise refusals.not_signed_in(code="RepoNotFound")
+        if repo is None or not self.accounts.may_read(token, repo_id):
+            raise refusals.repo_not_found()
+        return repo
+
+    def downloadable(self, request: Request, repo_id: str) -> Repository:
+        """Return a repository whose files the caller may read; gated ones only to those who can see them as members."""
+        repo = self.readable(request, repo_id)
+        if repo.state.gated:
+            token = self.caller(request)
+            message = f"Access to model {repo_id} is restricted and you are not in the authorized list."
+            if token is None or not self.accounts.may_read(token, repo_id):
+                raise refusals.RefusedError(401 if token is None else 403, message, code="GatedRepo")
+        return repo
+
+    def writable(self, request: Request, repo_id: str) -> tuple[Repository, Token]:
+        """Return a repository that the caller may change, and the caller."""
+        repo = self.readable(request, repo_id)
+        token = self.signed_in(request)
+        if not self.accounts.may_write(token, repo_id, repo.state.creator):
+            if token.role == "read":
+                raise refusals.forbidden("Forbidden: you must use a write token to upload to a repository.")
+            raise refusals.forbidden(f"Forbidden: this token has no write access to {repo_id}.")
+        return repo, token
+
+    def signed_url(self, base: str, path: str, **fields: str) -> str:
+        """Return a URL that needs no token: its fields are covered by a signature."""
+        query = urlencode({**fields, "signature": self._signature(path, fields)})
+        return f"{base}{quote(path)}?{query}"
+
+    def signed_fields(self, request: Request) -> dict[str, str]:
+        """Return the fields of a signed URL; refuses a wrong signature, and a token sent to where none belongs."""
+        if "authorization" in request.headers:
+            raise refusals.bad_request("Only one auth mechanism allowed; a signed URL must come without Authorization")
+        fields = {name: values[0] for name, values in request.query.items()}
+        signature = fields.pop("signature", "")
+        if not hmac.compare_digest(signature, self._signature(request.path, fields)):
+            raise refusals.forbidden("The signature of this URL does not match")
+        return fields
+
+    def _signature(self, path: str, fields: Mapping[str, str]) -> str:
+        text = path + "?" + urlencode(sorted(fields.items()))
+        return hmac.new(self._secret, text.encode(), hashlib.sha256).hexdigest()

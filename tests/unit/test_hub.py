@@ -1,0 +1,225 @@
+"""The parts of the Hub room that need no Hub: what is selected, judged and translated, and how quickly it imports."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+
+import httpx2
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runner.errors import (
+    AccessDenied,
+    HubError,
+    HubUnavailable,
+    NotEnoughDisk,
+    PublishConflict,
+    RepoNotFound,
+    RunnerError,
+)
+from runner.hub import Patience, select
+from runner.hub.rights import refuse_creation
+from runner.hub.translate import clean, client_errors, pause_hint_s, translate
+from runner.hub.transport import Caller
+
+
+def http_error(status: int, headers: dict[str, str] | None = None, url: str = "https://hub.example/api/x") -> Exception:
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import hf_raise_for_status
+
+    response = httpx2.Response(status, headers=headers, request=httpx2.Request("GET", url))
+    with pytest.raises(HfHubHTTPError) as caught:
+        hf_raise_for_status(response)
+    error: Exception = caught.value
+    return error
+
+
+def told(error: BaseException) -> RunnerError:
+    return translate(error, doing="do it", secrets=("hf_secretsecret",))
+
+
+@pytest.mark.parametrize(
+    "status, headers, family",
+    [
+        (400, {}, HubError),
+        (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, AccessDenied),
+        (402, {}, HubError),
+        (403, {}, AccessDenied),
+        (403, {"X-Error-Code": "GatedRepo"}, AccessDenied),
+        (404, {"X-Error-Code": "RepoNotFound"}, RepoNotFound),
+        (404, {"X-Error-Code": "RevisionNotFound"}, RepoNotFound),
+        (404, {"X-Error-Code": "EntryNotFound"}, RepoNotFound),
+        (408, {}, HubUnavailable),
+        (409, {}, PublishConflict),
+        (412, {}, PublishConflict),
+        (413, {}, HubError),
+        (429, {}, HubUnavailable),
+        (500, {}, HubUnavailable),
+        (502, {}, HubUnavailable),
+        (503, {}, HubUnavailable),
+        (504, {}, HubUnavailable),
+    ],
+)
+def test_every_status_has_its_family(status: int, headers: dict[str, str], family: type[RunnerError]) -> None:
+    assert type(told(http_error(status, headers))) is family
+
+
+@pytest.mark.parametrize(
+    "error, family",
+    [
+        (httpx2.ReadTimeout("slow"), HubUnavailable),
+        (httpx2.ConnectError("refused"), HubUnavailable),
+        (httpx2.RemoteProtocolError("closed"), HubUnavailable),
+        (ConnectionError("xet: 503"), HubUnavailable),
+        (PermissionError("xet: 403 forbidden"), AccessDenied),
+        (OSError("Consistency check failed"), HubUnavailable),
+        (OSError(errno.ENOSPC, "No space left on device"), NotEnoughDisk),
+        (PermissionError(errno.EACCES, "Permission denied"), HubError),
+        (json.JSONDecodeError("Expecting value", "<html>", 0), HubUnavailable),
+        (ValueError("LFS batch API returned errors: quota"), HubError),
+        (KeyError("sha"), HubError),
+    ],
+)
+def test_every_exception_of_the_client_has_its_family(error: Exception, family: type[RunnerError]) -> None:
+    assert isinstance(error, client_errors())
+    assert type(told(error)) is family
+
+
+def test_a_failed_upload_is_told_by_its_cause_and_tried_again_even_when_its_signed_url_expired() -> None:
+    error = RuntimeError("Error while uploading 'model.safetensors' to the Hub.")
+    error.__cause__ = http_error(403, url="https://cdn.example/blob?X-Amz-Signature=abc")
+    found = told(error)
+    assert type(found) is HubUnavailable
+    assert "Signature" not in str(found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "token hf_abcdefghijklmnop was refused",
+        "Authorization: Bearer abc.def",
+        "GET https://user:pw@host/x",
+        "https://cdn/x?X-Amz-Signature=0123#frag",
+        "my hf_secretsecret",
+        "line one\nline two\x1b[31m\x00",
+        "x" * 10_000,
+    ],
+)
+def test_cleaned_text_holds_no_secret_and_is_one_short_line(text: str) -> None:
+    line = clean(text, ("hf_secretsecret",))
+    for part in ("abcdefghijklmnop", "abc.def", "pw@", "Signature", "secretsecret", "\n", "\x1b", "\x00"):
+        assert part not in line
+    assert len(line) <= 300
+
+
+@settings(deadline=None)
+@given(st.text(max_size=400), st.text(alphabet="abcdefghij", min_size=8, max_size=20))
+def test_a_secret_is_never_in_cleaned_text(text: str, secret: str) -> None:
+    assert secret not in clean(f"{text} {secret} https://h/p?token={secret} {text}", (secret,))
+
+
+@pytest.mark.parametrize(
+    "headers, wanted_s",
+    [
+        ({"Retry-After": "7"}, 7.0),
+        ({"RateLimit": '"api";r=0;t=55'}, 55.0),
+        ({"RateLimit": '"api";r=3;t=55'}, None),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, None),
+        ({}, None),
+    ],
+)
+def test_the_wait_that_the_hub_asks_for_is_read(headers: dict[str, str], wanted_s: float | None) -> None:
+    assert pause_hint_s(http_error(429, headers)) == wanted_s
+
+
+def test_a_call_is_not_repeated_when_the_answer_is_a_refusal() -> None:
+    calls: list[int] = []
+
+    def call() -> None:
+        calls.append(1)
+        raise http_error(403)
+
+    with pytest.raises(AccessDenied):
+        Caller(secrets=(), patience=Patience(first_wait_s=0.0)).read("do it", call)
+    assert len(calls) == 1
+
+
+def test_an_error_of_our_own_passes_untouched() -> None:
+    def call() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Caller(secrets=(), patience=Patience()).read("do it", call)
+
+
+def test_a_write_that_was_accepted_is_not_repeated_while_the_hub_does_not_show_it_yet() -> None:
+    writes: list[int] = []
+    reads = iter([None, None, "there"])
+
+    def write() -> str:
+        writes.append(1)
+        return "ok"
+
+    caller = Caller(secrets=(), patience=Patience(first_wait_s=0.0))
+    assert caller.settle("do it", write, lambda answer: next(reads)) == "there"
+    assert len(writes) == 1
+
+
+def test_a_write_that_is_never_shown_ends_in_an_error() -> None:
+    caller = Caller(secrets=(), patience=Patience(attempts=3, first_wait_s=0.0))
+    with pytest.raises(HubUnavailable, match="does not show it"):
+        caller.settle("do it", lambda: "ok", lambda answer: None)
+
+
+WRITER = {"name": "alice", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
+
+
+@pytest.mark.parametrize(
+    "who",
+    [
+        WRITER,
+        {"name": "alice", "auth": {"type": "oauth"}},  # nothing is said about the role
+        {"name": "bob", "orgs": [{"name": "alice", "roleInOrg": "contributor"}]},
+        {"name": "bob", "orgs": [{"name": "alice"}]},
+    ],
+)
+def test_creation_is_not_refused_without_a_reason(who: dict[str, object]) -> None:
+    refuse_creation(who, "alice/model")
+
+
+@pytest.mark.parametrize(
+    "who",
+    [
+        {},
+        {"name": "bob"},
+        {"name": None, "orgs": "none"},
+        {"name": "alice", "auth": {"accessToken": {"role": "read"}}},
+        {"name": "bob", "orgs": [{"name": "alice", "roleInOrg": "read"}, 7, None]},
+        {"name": "alice", "auth": {"accessToken": {"role": "fineGrained", "fineGrained": {"scoped": "x"}}}},
+    ],
+)
+def test_creation_is_refused_for_whoever_has_no_right(who: dict[str, object]) -> None:
+    with pytest.raises(AccessDenied):
+        refuse_creation(who, "alice/model")
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(max_size=40)), st.sampled_from(["adapter", "base", "merged"]))
+def test_no_selected_path_leaves_the_folder_or_is_pickled(paths: list[str], kind: select.Kind) -> None:
+    for path in select.companions(paths, kind):
+        assert ".." not in path.split("/")
+        assert not path.startswith("/")
+        assert not path.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))
+
+
+def test_the_room_imports_without_its_heavy_client() -> None:
+    code = (
+        "import sys, runner.hub, runner.publish, runner.card;"
+        "print(sorted({'huggingface_hub', 'torch', 'httpx2', 'httpx'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,116 @@
+"""Write the tables of README.md and docs/errors.md from what they describe: action.yml and runner/errors.py.
+
+    python -m tools.tables           rewrite them
+    python -m tools.tables --check   say which is out of date, and fail
+
+A table stands between `<!-- table: NAME -->` and `<!-- end table -->`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import yaml
+
+from runner.errors import EXIT_CANCELLED, EXIT_INTERNAL, EXIT_VERDICT_FAILED, RunnerError
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ("README.md", "docs/errors.md")
+BLOCK = re.compile(r"(?P<open><!-- table: (?P<name>[a-z-]+) -->\n).*?(?P<close><!-- end table -->)", re.DOTALL)
+
+
+def main(arguments: list[str]) -> int:
+    """Rewrite or check every file; return the exit code."""
+    stale = [name for name in FILES if (text := (ROOT / name).read_text("utf-8")) != render(text)]
+    if arguments == ["--check"]:
+        for name in stale:
+            print(f"{name}: a table is out of date; run `make fix`")
+        return 1 if stale else 0
+    for name in stale:
+        path = ROOT / name
+        path.write_text(render(path.read_text("utf-8")), "utf-8")
+        print(f"{name}: rewritten")
+    return 0
+
+
+def render(text: str) -> str:
+    """Return `text` with every table in it written anew.
+
+    Raises:
+        KeyError: a table of a name that nobody makes.
+    """
+    tables = {"inputs": input_table, "outputs": output_table, "exit-codes": exit_code_table, "errors": error_table}
+    return BLOCK.sub(lambda match: match["open"] + tables[match["name"]]() + match["close"], text)
+
+
+def input_table() -> str:
+    """Return the inputs of action.yml as a Markdown table."""
+    inputs = read_action()["inputs"]
+    rows = (
+        (f"`{name}`", "**required**" if spec["required"] else f"`{spec['default']}`" if spec["default"] else "", spec)
+        for name, spec in inputs.items()
+    )
+    return table(("Input", "Default", "What it is"), ((name, default, text_of(spec)) for name, default, spec in rows))
+
+
+def output_table() -> str:
+    """Return the outputs of action.yml as a Markdown table."""
+    outputs = read_action()["outputs"]
+    return table(("Output", "What it is"), ((f"`{name}`", text_of(spec)) for name, spec in outputs.items()))
+
+
+def exit_code_table() -> str:
+    """Return the exit codes, one row for each family of errors, as a Markdown table."""
+    rows = {
+        0: "Done: published, already published with the same content, verified, or planned.",
+        RunnerError.exit_code: "What fits no other code, such as a folder that cannot be written to.",
+        EXIT_VERDICT_FAILED: "The merge was judged, and the verdict did not pass. Nothing was published.",
+        EXIT_INTERNAL: "An error that nobody foresaw: our bug. Please open an issue with the log.",
+        EXIT_CANCELLED: "Cancelled.",
+    }
+    for family in RunnerError.__subclasses__():
+        rows[family.exit_code] = first_line(family)
+    return table(("Code", "Meaning"), ((str(code), rows[code]) for code in sorted(rows)))
+
+
+def error_table() -> str:
+    """Return every error class as a Markdown table, each family followed by its members."""
+    return table(
+        ("Exit code", "Error", "Meaning"), (row for family in RunnerError.__subclasses__() for row in tree(family))
+    )
+
+
+def tree(family: type[RunnerError]) -> Iterator[tuple[str, str, str]]:
+    """Yield the rows of a class and of all below it."""
+    yield str(family.exit_code), f"`{family.__name__}`", first_line(family)
+    for member in family.__subclasses__():
+        yield from tree(member)
+
+
+def first_line(family: type[RunnerError]) -> str:
+    """Return the first line of a class's docstring."""
+    return (family.__doc__ or "").strip().partition("\n")[0]
+
+
+def text_of(spec: dict[str, str]) -> str:
+    """Return a description as one table cell."""
+    return " ".join(spec["description"].split()).replace("|", "\\|")
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def read_action() -> dict[str, dict[str, dict[str, str]]]:
+    """Return action.yml."""
+    action: dict[str, dict[str, dict[str, str]]] = yaml.safe_load((ROOT / "action.yml").read_text("utf-8"))
+    return action
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
