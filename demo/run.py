@@ -28,6 +28,7 @@ USER = "demo"
 BASE_REPO = f"{USER}/SmolLM2-135M-Instruct"
 TARGET_REPO = f"{USER}/smollm2-pirate"
 TAG = "v1.0.0"
+ADAPTER = ROOT / "demo/adapter"
 PROMPT = "What is the capital of France?"
 HUB_START_S = 60
 HUB_STOP_S = 10
@@ -77,7 +78,7 @@ def demo(folder: Path, *, adapter: Path, prompt: str) -> Released:
                 step="loading the released model without PEFT",
             )
         )
-    check(released, answers)
+    check(released, answers, must_differ=(adapter, prompt) == (ADAPTER, PROMPT))
     say("ask", f"loaded {TARGET_REPO} at {TAG} with transformers, in a process that cannot import PEFT")
     print(f"\n  prompt    {prompt}\n  base      {answers[0]['answer']}\n  released  {answers[1]['answer']}\n")
     say("done", f"report {shown(released.report)} and {shown(released.report.with_suffix('.json'))}")
@@ -117,18 +118,23 @@ def main_job(adapter: Path, folder: Path, environment: Mapping[str, str]) -> Rel
         raise DemoError(f"the main job left no usable report in {shown(report)}: {error!r}") from error
 
 
-def check(released: Released, answers: Sequence[Mapping[str, str]]) -> None:
+def check(released: Released, answers: Sequence[Mapping[str, str]], *, must_differ: bool) -> None:
     """Compare what the report says with what a user gets.
 
+    Args:
+        released: from the report.
+        answers: of the base and of the released model.
+        must_differ: whether the adapter is known to change the answer.
+
     Raises:
-        DemoError: another commit, no verdict, or an answer that the adapter did not change.
+        DemoError: another commit, no passed verdict, or an answer that the adapter did not change.
     """
     base, merged = answers
     if merged["commit"] != released.commit:
         raise DemoError(f"the report says commit {released.commit}, but {TAG} loads {merged['commit']}")
     if not released.verified:
         raise DemoError("the release is not verified")
-    if merged["answer"] == base["answer"]:
+    if must_differ and merged["answer"] == base["answer"]:
         raise DemoError(f"the released model answers like the base: {base['answer']!r}")
 
 
@@ -227,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m demo.run", description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=ROOT / ".demo", help="for everything that the demo makes")
-    parser.add_argument("--adapter", type=Path, default=ROOT / "demo/adapter", help="folder of the adapter")
+    parser.add_argument("--adapter", type=Path, default=ADAPTER, help="folder of the adapter")
     parser.add_argument("--prompt", default=PROMPT)
     options = parser.parse_args(arguments)
     try:

@@ -1,8 +1,8 @@
 """A base and an adapter, put together by PEFT without reading the base.
 
-The model class is built on the meta device, then every parameter becomes a zero-copy view of the memory-mapped
-checkpoint *before* PEFT attaches the adapter: on a meta base PEFT loses every adapter weight, silently, and with
-`low_cpu_mem_usage=True` it rounds the adapter to the base's dtype (design decision 1).
+The base's parameters are views of the mapped checkpoint (`runner.base`) *before* PEFT attaches the adapter: on a meta
+base PEFT loses every adapter weight, silently, and with `low_cpu_mem_usage=True` it rounds the adapter to the base's
+dtype (design decision 1).
 
 Promised: every adapter tensor is placed, exactly as stored, or the run fails and names it.
 Not covered: parameters that transformers computes from several stored tensors (fused experts); touching one is
@@ -18,20 +18,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.peft_model import PeftModelForCausalLM, PeftModelForSeq2SeqLM
 from peft.utils.save_and_load import set_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from runner.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from runner.base import first_line, open_base
 from runner.checkpoint.layout import Checkpoint
-from runner.checkpoint.names import StoredNames, map_names
-from runner.companions import read_config
-from runner.errors import AdapterMismatch, BrokenCheckpoint, UnsupportedAdapter, UnsupportedCheckpoint
+from runner.checkpoint.names import StoredNames
+from runner.errors import AdapterMismatch, UnsupportedAdapter
 
 ADAPTER_NAME = "default"
 # Methods that do not look at the base's values when they are attached. All others get the base in float32 in
@@ -86,10 +85,8 @@ def attach(checkpoint: Checkpoint, adapter: Adapter) -> Attached:
     """
     config = _peft_config(adapter)
     is_lazy = adapter.peft_type in LAZY_METHODS and _init(adapter) in LAZY_LORA_INITS
-    model = _empty_model(checkpoint)
-    names = map_names(model, checkpoint.tensors)
-    _fill(model, checkpoint, names, in_memory=not is_lazy)
-    ties = _tie(model, names)
+    base = open_base(checkpoint, in_memory=not is_lazy)
+    model = base.model
     parameters = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     before = {key: (tensor.data_ptr(), tensor._version) for key, tensor in parameters.items()}
     peft_model = _wrap(model, config, adapter)
@@ -100,9 +97,9 @@ def attach(checkpoint: Checkpoint, adapter: Adapter) -> Attached:
         adapter=adapter,
         model=model,
         peft_model=peft_model,
-        names=names,
+        names=base.names,
         parameters=parameters,
-        ties=ties,
+        ties=base.ties,
         replaced=replaced,
         is_lazy=is_lazy,
     )
@@ -128,7 +125,7 @@ def _peft_config(adapter: Adapter) -> PeftConfig:
         config: PeftConfig = config_class.from_pretrained(str(adapter.root))
     except (TypeError, ValueError) as error:
         raise UnsupportedAdapter(
-            f"PEFT refuses {CONFIG_FILE}: {_first_line(error)}",
+            f"PEFT refuses {CONFIG_FILE}: {first_line(error)}",
             why="Its fields contradict each other, or were written by another version.",
             fix="Save the adapter again with the PEFT version that trained it.",
         ) from error
@@ -141,93 +138,6 @@ def _init(adapter: Adapter) -> Any:
     return init if isinstance(init, bool) or init is None else str(init)
 
 
-def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    raw = read_config(checkpoint.root)
-    architecture = next(iter(raw.get("architectures") or ()), None)
-    model_class = getattr(transformers, str(architecture), None)
-    if raw.get("quantization_config"):
-        raise UnsupportedCheckpoint(
-            "The base is quantised (its config.json has `quantization_config`).",
-            why="A delta added to quantised weights does not survive quantising them again.",
-            fix="Set `base-model` to the 16-bit model that it was made from.",
-        )
-    if model_class is None or not issubclass(model_class, PreTrainedModel):
-        raise UnsupportedCheckpoint(
-            f"The base's architecture is {architecture!r}, which this transformers has no class for.",
-            why="Code that comes with a model is never run.",
-            fix="Use a base whose architecture is part of transformers, or a newer release of this action.",
-        )
-    try:
-        config = AutoConfig.from_pretrained(str(checkpoint.root), trust_remote_code=False)
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model: PreTrainedModel = model_class._from_config(config)
-    except (ValueError, OSError, TypeError, AttributeError) as error:
-        raise BrokenCheckpoint(
-            f"The model class {architecture} cannot be built from config.json: {_first_line(error)}",
-            why="config.json is incomplete, or was written for other code.",
-            fix="Download the base again, or use the revision that its authors name.",
-        ) from error
-    return model.eval()
-
-
-def _fill(model: PreTrainedModel, checkpoint: Checkpoint, names: StoredNames, *, in_memory: bool) -> None:
-    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    by_file: dict[str, list[tuple[str, str]]] = {}
-    for key, stored in names.renamed.items():
-        info = checkpoint.tensors[stored]
-        if info.shape != shapes[key]:
-            raise BrokenCheckpoint(
-                f"{stored!r} is stored as {list(info.shape)}, but config.json asks for {list(shapes[key])}.",
-                why="config.json and weights are of different models.",
-                fix="Download the base again, all files at one revision.",
-            )
-        by_file.setdefault(info.file, []).append((key, stored))
-    for file, entries in by_file.items():
-        with safe_open(str(checkpoint.root / file), framework="pt", device="cpu") as handle:
-            for key, stored in entries:
-                view = handle.get_tensor(stored)  # a view of the mapping, which lives as long as the tensor
-                _assign(model, key, view.float() if in_memory and view.is_floating_point() else view)
-    for key in names.converted:
-        _assign(model, key, torch.zeros((), dtype=torch.bfloat16).expand(shapes[key]))
-
-
-def _assign(model: nn.Module, key: str, tensor: torch.Tensor) -> None:
-    path, _, name = key.rpartition(".")
-    module = model.get_submodule(path)
-    if name in module._parameters:
-        module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        module._buffers[name] = tensor
-
-
-def _tie(model: PreTrainedModel, names: StoredNames) -> dict[str, str]:
-    # As transformers v5 does on loading: a target that is stored, too, and differs from its source is not tied.
-    ties: dict[str, str] = {}
-    stored = names.renamed
-    for target, source in model.all_tied_weights_keys.items():
-        if target in stored and source in stored:
-            if not torch.equal(model.get_parameter(target), model.get_parameter(source)):
-                continue
-            first, second = target, source
-        elif source in stored:
-            first, second = target, source
-        else:
-            first, second = source, target
-        if second in stored:
-            path, _, name = first.rpartition(".")
-            model.get_submodule(path)._parameters[name] = model.get_parameter(second)
-            ties[first] = second
-    missing = sorted(key for key, tensor in model.state_dict().items() if tensor.is_meta)
-    if missing:
-        raise BrokenCheckpoint(
-            f"The base lacks {missing[0]!r}" + (f" and {len(missing) - 1} more tensors." if len(missing) > 1 else "."),
-            why=f"{type(model).__name__} needs it, and transformers would fill it with random numbers.",
-            fix="Use a complete checkpoint of this architecture as `base-model`.",
-        )
-    return ties
-
-
 def _wrap(model: PreTrainedModel, config: PeftConfig, adapter: Adapter) -> PeftModel:
     try:
         with warnings.catch_warnings():
@@ -237,7 +147,7 @@ def _wrap(model: PreTrainedModel, config: PeftConfig, adapter: Adapter) -> PeftM
             )
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, NotImplementedError, ImportError) as error:
         raise AdapterMismatch(
-            f"PEFT cannot put the adapter on {type(model).__name__}: {_first_line(error)}",
+            f"PEFT cannot put the adapter on {type(model).__name__}: {first_line(error)}",
             why=f"The adapter says that it was trained on {adapter.base_model!r}.",
             fix="Set `base-model` to the model that the adapter was trained on.",
         ) from error
@@ -352,11 +262,7 @@ def _missing(key: str, adapter: Adapter) -> AdapterMismatch:
 def _wrong_shape(error: Exception, adapter: Adapter) -> AdapterMismatch:
     lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
     return AdapterMismatch(
-        f"The adapter does not fit the base: {lines[0] if lines else _first_line(error)}",
+        f"The adapter does not fit the base: {lines[0] if lines else first_line(error)}",
         why=f"The adapter says that it was trained on {adapter.base_model!r}; shapes differ from this base's.",
         fix="Set `base-model` (and `base-revision`) to the model that the adapter was trained on.",
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

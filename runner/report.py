@@ -18,7 +18,7 @@ from runner.checkpoint.digests import MergedCheckpoint
 from runner.errors import Problem, RunnerError
 from runner.plan import PlanSummary
 from runner.summary import Published
-from runner.verify.verdict import Layer, Status, Verdict
+from runner.verify.verdict import Check, Layer, Outcome, Status, Verdict
 
 SCHEMA_VERSION = 1
 JSON_FILE = "report.json"
@@ -163,16 +163,22 @@ class Report:
 
     def _storage_violations(self) -> float | None:
         # A storage check with the limit 0 counts elements or tensors; others measure something else.
-        checks = self.verdict.checks if self.verdict else ()
-        counts = [check.value for check in checks if check.layer is Layer.STORAGE and check.limit == 0]
-        known = [count for count in counts if count is not None]
-        return sum(known) if known else None
+        counts = [check.value for check in self._judged(Layer.STORAGE) if check.limit == 0 and check.value is not None]
+        return sum(counts) if counts else None
 
     def _end_to_end_error(self) -> float | None:
+        # An error has an upper limit; a check that passed above its limit (the power of the prompts) is none.
+        return _largest([check.value for check in self._judged(Layer.END_TO_END) if not _passed_above_limit(check)])
+
+    def _judged(self, layer: Layer) -> list[Check]:
         checks = self.verdict.checks if self.verdict else ()
-        return _largest(
-            [check.value for check in checks if check.layer is Layer.END_TO_END and check.limit is not None]
-        )
+        return [check for check in checks if check.layer is layer and check.outcome in (Outcome.PASS, Outcome.FAIL)]
+
+
+def _passed_above_limit(check: Check) -> bool:
+    if check.value is None or check.limit is None:
+        return False
+    return check.outcome is Outcome.PASS and check.value > check.limit
 
 
 def _largest(values: Sequence[float | None]) -> float | None:

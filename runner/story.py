@@ -14,7 +14,7 @@ from pathlib import Path
 from runner.card import CardFacts, make_card
 from runner.checkpoint.digests import digest_folder, digest_of
 from runner.errors import LaunchError, PublishError
-from runner.events import Event, Job, Judged, Merged, PhaseStarted, Planned, Progress, Ready
+from runner.events import Event, Job, Judged, Merged, PhaseStarted, Planned, Progress
 from runner.github import GitHub
 from runner.hub import Target
 from runner.inherited import inherit, read_readme
@@ -66,10 +66,13 @@ class Story:
             self._nothing_to_do(existing)
             return
         with Worker(self.environ, home=self.work / "worker", log=self._relay) as worker:
+            if self.inputs.device == "cuda":  # no GPU is told before the base is downloaded, not after
+                self._check_device(worker)
             with self._phase("download"):
                 base = fetch_base(resolved, hubs, cache)
                 merged = fetch_merged(self.inputs, hubs, cache) if self.inputs.mode == "verify" else None
-            self._check_device(worker.wait_until_ready())
+            if self.inputs.device != "cuda":
+                self._check_device(worker)
             worker.give(self._job(resolved, base, merged))
             self._follow(worker)
         if target is not None:
@@ -90,7 +93,8 @@ class Story:
             seed=SEED,
         )
 
-    def _check_device(self, ready: Ready) -> None:
+    def _check_device(self, worker: Worker) -> None:
+        ready = worker.wait_until_ready()
         self.record.versions = dict(ready.versions)
         if self.inputs.device == "cuda" and ready.cuda_device is None:
             raise LaunchError(

@@ -76,6 +76,7 @@ def run(job: Job, emit: Emit) -> None:
             dtype=job.dtype,
             prompts=job.prompts,
             seed=job.seed,
+            device="cuda" if job.device != "cpu" and torch.cuda.is_available() else "cpu",
             on_progress=lambda doing, part: emit(Progress(phase="verify", done=part, total=1.0, doing=doing)),
         )
         emit(Judged(verdict=verdict))

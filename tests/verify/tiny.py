@@ -86,22 +86,30 @@ def save_base(folder: Path, kind: str, *, dtype: torch.dtype = torch.bfloat16, s
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Return a byte-level tokenizer that knows any text."""
-    words = {token: number for number, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    words = {
+        token: number for number, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     raw = Tokenizer(models.BPE(vocab=words, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE)
 
 
 def lora(**fields: Any) -> LoraConfig:
     """Return a LoRA config on the attention's projections, changed by `fields`."""
-    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **fields})
+    return LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **fields}
+    )
 
 
 def save_adapter(
-    folder: Path, base: Path, config: PeftConfig, *, strength: float = 1.0, seed: int = 1, dtype: torch.dtype | None = None
+    folder: Path,
+    base: Path,
+    config: PeftConfig,
+    *,
+    strength: float = 1.0,
+    seed: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write an adapter whose every tensor is random and return its folder.
 
