@@ -10,11 +10,12 @@ Source: actions/runner, ActionCommand.cs, FileCommandManager.cs; actions/toolkit
 
 from __future__ import annotations
 
+import io
 import re
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TextIO
 
@@ -78,6 +79,16 @@ class GitHub:
         """Log `text`, which may come from anywhere; none of its lines can become a command."""
         for line in re.split(r"\r\n|\n|\r", self.redact(text)):
             self._print(_inert(line))
+
+    @contextmanager
+    def relayed_stderr(self) -> Iterator[None]:
+        """Say through `info` what libraries write to Python's standard error: warnings, log records, progress bars."""
+        relay = _Relay(self)
+        with redirect_stderr(relay):
+            try:
+                yield
+            finally:
+                relay.close()
 
     def error(self, problem: Problem) -> None:
         """Tell a problem: as an annotation of the run, and in the log."""
@@ -150,6 +161,29 @@ class GitHub:
 
     def _print(self, line: str) -> None:
         print(line.encode("utf-8", "replace").decode("utf-8"), file=self._out, flush=True)
+
+
+class _Relay(io.TextIOBase):
+    """A text stream whose every line is told as text."""
+
+    def __init__(self, github: GitHub) -> None:
+        self._github = github
+        self._rest = ""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._github.info(line)
+        return len(text)
+
+    def close(self) -> None:
+        if self._rest:
+            self._github.info(self._rest)
+            self._rest = ""
+        # Not closed: a library may keep it as the stream of its log handler.
 
 
 def _inert(line: str) -> str:

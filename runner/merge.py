@@ -19,7 +19,7 @@ from runner.checkpoint.layout import INDEX_FILE, TensorInfo
 from runner.checkpoint.reader import TORCH_DTYPES, Reader, tensor_bytes
 from runner.checkpoint.writer import BUFFER_BYTES, ShardWriter
 from runner.companions import copy_companion
-from runner.errors import RunnerError
+from runner.errors import NotEnoughDisk, RunnerError
 from runner.fast import LinearMerger, check_range, is_fast
 from runner.plan import Action, Plan, TensorPlan
 from runner.prepare import Prepared
@@ -45,6 +45,7 @@ def merge(prepared: Prepared, *, into: Path, on_progress: Progress | None = None
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
+    _check_space(partial, prepared.plan)
     plan, attached = prepared.plan, prepared.attached
     with Reader(attached.checkpoint) as reader, torch.inference_mode():
         job = _Job(prepared, reader, on_progress)
@@ -177,6 +178,16 @@ class _Job:
         if rounded.dtype is torch.float16:
             check_range(rounded, stored, tensor.name)
         writer.put(tensor_bytes(rounded))
+
+
+def _check_space(folder: Path, plan: Plan) -> None:
+    free_bytes, needed_bytes = shutil.disk_usage(folder).free, plan.summary.disk_bytes
+    if free_bytes < needed_bytes:
+        raise NotEnoughDisk(
+            f"The merged model needs {needed_bytes / 1e9:.3f} GB, and {free_bytes / 1e9:.3f} GB are free.",
+            why="It is written to `work-dir` as a whole before it is judged.",
+            fix="Point `work-dir` at a file system with more free space.",
+        )
 
 
 def row_bytes(tensor: TensorPlan) -> int:

@@ -109,13 +109,22 @@ def find_release(inputs: Inputs, hubs: Hubs, target: Target | None, origin: Orig
     )
 
 
-def fetch_base(resolved: Resolved, hubs: Hubs, cache_dir: Path) -> Path:
+def fetch_base(resolved: Resolved, hubs: Hubs, cache_dir: Path, *, headers_only: bool) -> Path:
     """Return the base as a folder whose headers are sound, at the commit that was resolved.
+
+    Args:
+        resolved: what goes in.
+        hubs: to read from.
+        cache_dir: where downloads are kept.
+        headers_only: download no weights; the folder is good for a plan, and for nothing else.
 
     Raises:
         RunnerError: it cannot be downloaded, or is no checkpoint.
     """
-    root = hubs.reading.snapshot(resolved.base_ref, kind="base", cache_dir=cache_dir).root
+    if headers_only:
+        root = hubs.reading.outline(resolved.base_ref, cache_dir=cache_dir).root
+    else:
+        root = hubs.reading.snapshot(resolved.base_ref, kind="base", cache_dir=cache_dir).root
     read_checkpoint(root)
     return root
 

@@ -69,7 +69,7 @@ class Story:
             if self.inputs.device == "cuda":  # no GPU is told before the base is downloaded, not after
                 self._check_device(worker)
             with self._phase("download"):
-                base = fetch_base(resolved, hubs, cache)
+                base = fetch_base(resolved, hubs, cache, headers_only=self.inputs.mode == "plan")
                 merged = fetch_merged(self.inputs, hubs, cache) if self.inputs.mode == "verify" else None
             if self.inputs.device != "cuda":
                 self._check_device(worker)

@@ -107,6 +107,22 @@ class Hub:
         root = download.fetch(self.tree(repo_id, commit), kind)
         return Snapshot(ref=ref, repo_id=repo_id, commit=commit, root=root)
 
+    def outline(self, ref: RepoRef, *, cache_dir: Path) -> Snapshot:
+        """Return a base as a folder with its headers instead of its weights: enough to plan, and only for that.
+
+        Args:
+            ref: a local folder (returned as it is, weights included), or `owner/name[@revision]`.
+            cache_dir: where the folder is made.
+
+        Raises:
+            RunnerError: see `resolve` and `Download.outline`.
+        """
+        if ref.path is not None:
+            return Snapshot(ref=ref, repo_id=None, commit=None, root=ref.path)
+        repo_id, commit = str(ref.repo_id), self.resolve(ref)
+        download = Download(self._api, self._caller, repo_id=repo_id, commit=commit, cache_dir=cache_dir)
+        return Snapshot(ref=ref, repo_id=repo_id, commit=commit, root=download.outline(self.tree(repo_id, commit)))
+
     def tree(self, repo_id: str, revision: str) -> Tree:
         """Return every file of a repository at `revision`, by path."""
         from huggingface_hub.hf_api import RepoFile

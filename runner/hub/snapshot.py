@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.checkpoint.layout import INDEX_FILE, read_weight_map
 from runner.errors import BrokenCheckpoint, HubError, NotEnoughDisk
+from runner.hub.outline import write_stand_in
 from runner.hub.select import Kind, check_adapter, companions, weights_or_index
 from runner.hub.transport import Caller
 from runner.reference import RepoRef
@@ -99,6 +100,32 @@ class Download:
         self._check(wanted, view.with_name(f"{view.name}.json"))
         self._link(wanted, view)
         return view
+
+    def outline(self, tree: Tree) -> Path:
+        """Return the base's folder with headers instead of weights; see `runner.hub.outline`.
+
+        Raises:
+            CheckpointError: the repository is no base.
+            HubError: it could not be downloaded.
+        """
+        self._cache.mkdir(parents=True, exist_ok=True)
+        paths = self._select(tree, "base")
+        weights = [path for path in paths if path.endswith(".safetensors")]
+        texts = {path: tree[path] for path in paths if path not in weights}
+        view = self._cache / "views" / self._repo_id.replace("/", "--") / f"{self._commit}-outline"
+        self._download(tuple(texts))
+        self._link(texts, view)
+        for path in weights:
+            write_stand_in(view / path, self._header(path), tree[path].size_bytes)
+        return view
+
+    def _header(self, path: str) -> Any:
+        return self._caller.read(
+            f"read the header of {path} of {self._named}",
+            lambda: self._api.parse_safetensors_file_metadata(
+                self._repo_id, path, revision=self._commit, token=self._api.token
+            ),
+        )
 
     def _select(self, tree: Tree, kind: Kind) -> tuple[str, ...]:
         if kind == "adapter":

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from runner.errors import Problem, RunnerError
 from runner.github import MAX_SUMMARY_BYTES, GitHub
+from tests.contract.runner_emulator import ROOT, Event, Runner
 from tests.contract.runner_grammar import Log, parse_entries
 
 PROBLEM = Problem(what="`tag` is 'a,b:c%'.", why="Because\nof two lines.", fix="Do 100%25.")
@@ -21,7 +22,7 @@ HOSTILE = st.lists(st.sampled_from([*"::##[]\r\n %=,;\t\u2028\x0b\x85\x1c", "err
 )
 
 
-def speak(text_of: object = None, *, active: bool = True) -> tuple[GitHub, io.StringIO]:
+def speak(*, active: bool = True) -> tuple[GitHub, io.StringIO]:
     out = io.StringIO()
     return GitHub({"GITHUB_ACTIONS": "true"} if active else {}, out), out
 
@@ -206,6 +207,32 @@ def test_outside_github_there_are_only_plain_lines(tmp_path: Path) -> None:
     assert "tag: v1" in out.getvalue()
     assert "Fix: Do 100%25." in out.getvalue()
     assert list(tmp_path.iterdir()) == []
+
+
+LIBRARY = """
+import logging, os, sys, warnings
+sys.path.insert(0, {root!r})
+from runner.github import GitHub
+github = GitHub(os.environ, sys.stdout)
+github.mask(os.environ["INPUT_HF-TOKEN"])
+with github.relayed_stderr():
+    warnings.warn("the card says\\n::error::x ##[error]y " + os.environ["INPUT_HF-TOKEN"])
+    logging.getLogger("a.library").error("::warning::z")
+    sys.stderr.write("no line break")
+    kept = sys.stderr
+kept.write("late\\n")
+"""
+
+
+def test_what_libraries_write_to_stderr_is_text(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(LIBRARY.format(root=str(ROOT)))
+
+    result = Runner(tmp_path).run({"adapter-path": "x", "hf-token": "hf_alphabet"}, Event.dispatch(), program=program)
+
+    assert result.annotations == ()
+    for text in ("| ::error::x ## [error]y ***", "| ::warning::z", "no line break", "late"):
+        assert text in result.log.splitlines()
 
 
 def test_text_that_is_not_unicode_does_no_harm() -> None:

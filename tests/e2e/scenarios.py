@@ -64,7 +64,6 @@ def publishes_a_verified_release_once(stage: Stage) -> None:
     _check_report(stage, first)
 
     requests = len(repo.commits)
-    print(first.log)
     again = stage.run(event, commit_message="another", verify_prompts="Hello, who are you?\n::error::x")
 
     assert again.exit_code == 0, again.log
