@@ -1,8 +1,8 @@
 """A base and an adapter, put together by PEFT without reading the base.
 
-The base's parameters are views of the mapped checkpoint (`runner.base`) *before* PEFT attaches the adapter: on a meta
-base PEFT loses every adapter weight, silently, and with `low_cpu_mem_usage=True` it rounds the adapter to the base's
-dtype (design decision 1).
+The base's parameters are views of the mapped checkpoint (`runner.base_model`) *before* PEFT attaches the adapter: on
+a meta base PEFT loses every adapter weight, silently, and with `low_cpu_mem_usage=True` it rounds the adapter to the
+base's dtype (design decision 1).
 
 Promised: every adapter tensor is placed, exactly as stored, or the run fails and names it.
 Not covered: parameters that transformers computes from several stored tensors (fused experts); touching one is
@@ -27,7 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from runner.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
-from runner.base import first_line, open_base
+from runner.base_model import first_line, open_base
 from runner.checkpoint.layout import Checkpoint
 from runner.checkpoint.names import StoredNames
 from runner.errors import AdapterMismatch, UnsupportedAdapter

@@ -18,7 +18,7 @@ from runner.checkpoint.digests import MergedCheckpoint
 from runner.errors import Problem, RunnerError
 from runner.plan import PlanSummary
 from runner.summary import Published
-from runner.verify.verdict import Check, Layer, Outcome, Status, Verdict
+from runner.verify.verdict import PASSED, Check, Layer, Outcome, Status, Verdict
 
 SCHEMA_VERSION = 1
 JSON_FILE = "report.json"
@@ -58,15 +58,16 @@ class Report:
     def outputs(self) -> dict[str, str]:
         """Return every output of `action.yml`; "" where the run did not reach it. Numbers are written with `repr`."""
         release, verdict = self.release, self.verdict
+        status = verdict.status if verdict else release.status if release else None
         quality = verdict.quality if verdict else None
         folder = str(self.inputs_public.get("report-dir", ""))
         return {
             "commit-sha": release.commit if release else "",
             "tag": release.tag if release else "",
             "repo-url": release.url if release else "",
-            "verified": "skipped" if verdict is None else str(verdict.passed).lower(),
-            "status": (verdict.status if verdict else Status.NOT_VERIFIED).value,
-            "merged-digest": self.merged_digest or "",
+            "verified": "skipped" if status is None else str(status in PASSED).lower(),
+            "status": (status or Status.NOT_VERIFIED).value,
+            "merged-digest": self.merged_digest or (release.merged_digest if release else None) or "",
             "base-revision": self.base_revision or "",
             "adapter-digest": self.adapter_digest or "",
             "report-path": f"{folder.rstrip('/')}/{JSON_FILE}" if folder else "",

@@ -44,6 +44,14 @@ class Published(Protocol):
     def created(self) -> bool:
         """False where the tag was there already and nothing was written."""
 
+    @property
+    def status(self) -> Status | None:
+        """The verdict under which it was published; None where that is not known."""
+
+    @property
+    def merged_digest(self) -> str | None:
+        """Of its files; None where that is not known."""
+
 
 def number(value: float | None) -> str:
     """Return a measured number for people: four significant digits, a dash for none."""

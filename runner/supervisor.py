@@ -45,7 +45,8 @@ def main(environ: Mapping[str, str], argv: Sequence[str]) -> int:
     record = Record()
     with _signals():
         try:
-            code = _run(environ, argv, github, record)
+            with github.relayed_stderr():  # what libraries print may quote a server, and must not be a command
+                code = _run(environ, argv, github, record)
         except RunnerError as error:
             record.problems = error.problems
             code = error.exit_code

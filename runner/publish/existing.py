@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from runner.errors import TagExists
 from runner.hub import Hub, Target, Tree
 from runner.hub.translate import clean
 from runner.publish.contents import contradiction
+from runner.verify.verdict import Status
+
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 OnExistingTag = Literal["fail", "skip", "replace"]
 
@@ -24,6 +28,8 @@ class Release:
         commit: what the tag points to, 40 hex digits.
         url: page of the revision.
         created: False when the tag was there already and nothing was written.
+        status: the verdict that its manifest records, or None where the tag holds something else ("skip").
+        merged_digest: of its files, as its manifest records it, or None likewise.
     """
 
     repo_id: str
@@ -31,6 +37,8 @@ class Release:
     commit: str
     url: str
     created: bool
+    status: Status | None = None
+    merged_digest: str | None = None
 
 
 def find_existing(
@@ -50,7 +58,9 @@ def find_existing(
     tree = hub.tree(target.repo_id, commit)
     manifest = hub.read_manifest(target.repo_id, commit, tree)
     reason = _other_content(manifest, tree, input_digest)
-    if reason is None or on_existing_tag == "skip":
+    if reason is None:
+        return replace(found, **_recorded(manifest or {}))
+    if on_existing_tag == "skip":
         return found
     if on_existing_tag == "replace":
         return None
@@ -59,6 +69,13 @@ def find_existing(
         why="A tag that people pinned must not change under them. Nothing was written.",
         fix="Choose a new tag, or set `on-existing-tag` to `skip` or `replace`.",
     )
+
+
+def _recorded(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    match manifest:
+        case {"verdict": {"status": "PASS" | "PASS_LOSSY" as status}, "merged_digest": str(digest)}:
+            return {"status": Status(status), "merged_digest": digest if _DIGEST.fullmatch(digest) else None}
+    return {}
 
 
 def _other_content(manifest: Mapping[str, Any] | None, tree: Tree, input_digest: str) -> str | None:

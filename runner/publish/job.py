@@ -21,7 +21,7 @@ from runner.errors import AccessDenied, HubError, PublishConflict, PublishError
 from runner.hub import BRANCH, Hub, Target, Tree
 from runner.publish.contents import Content, Contents, changed, gather
 from runner.publish.existing import OnExistingTag, Release, find_existing
-from runner.verify.verdict import Verdict
+from runner.verify.verdict import Status, Verdict
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
@@ -86,6 +86,7 @@ def publish(  # noqa: PLR0913 (all by name; each is a fact that only the caller 
         message=commit_message or f"Release {tag}",
         private=private,
         on_existing_tag=on_existing_tag,
+        status=verdict.status,
         on_progress=on_progress,
         log=log,
     )
@@ -101,6 +102,7 @@ class _Job:
     message: str
     private: bool
     on_existing_tag: OnExistingTag
+    status: Status
     on_progress: Callable[[int, int], None] | None
     log: Callable[[str], None] | None
     standing: str = field(default="", init=False)  # what is on the Hub because of this run
@@ -149,7 +151,15 @@ class _Job:
         )
         self._tag(commit, tagged)
         url = self.hub.url(self.repo_id, self.tag)
-        return Release(repo_id=self.repo_id, tag=self.tag, commit=commit, url=url, created=True)
+        return Release(
+            repo_id=self.repo_id,
+            tag=self.tag,
+            commit=commit,
+            url=url,
+            created=True,
+            status=self.status,
+            merged_digest=self.contents.merged_digest,
+        )
 
     def _create(self) -> None:
         kind = "private" if self.private else "public"

@@ -8,7 +8,6 @@ output dtype was asked for, the base's values rounded once. There is no other to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +43,7 @@ class Deviation:
 
 @dataclass(slots=True, kw_only=True)
 class Comparison:
-    """What comparing one touched tensor gave; sums are over all its elements, in float64.
+    """What comparing one tensor gave; sums are over all its elements.
 
     Attributes:
         violations: elements outside the bound.
@@ -103,9 +102,10 @@ def compare_touched(found: Stored, exact: Exact, base: Stored | None) -> Compari
         wanted = exact.rows(start, stop)
         stored = found.rows(start, stop)
         result.elements += wanted.numel()
+        stored = stored.view(wanted.shape)
         _compare_block(result, found.info, exact, start, wanted, stored)
         if base is not None:
-            _measure_delta(result, wanted, stored, base.rows(start, stop))
+            _measure_delta(result, wanted, stored, base.rows(start, stop).view(wanted.shape))
     return result
 
 
@@ -138,7 +138,6 @@ def _compare_block(
     result: Comparison, info: TensorInfo, exact: Exact, start: int, wanted: torch.Tensor, stored: torch.Tensor
 ) -> None:
     rounded = round_to(wanted, info.dtype)
-    stored = stored.view(wanted.shape)
     finite = torch.isfinite(stored)
     if not bool(finite.all()):
         result.new_non_finite += int((~finite).sum())
@@ -149,7 +148,7 @@ def _compare_block(
     noise = exact.noise(start, start + row_count(tuple(wanted.shape)), output_is_float32=info.dtype == "F32")
     error = (stored.double() - wanted).abs()
     bad = differs & ~(error <= 0.5 * unit + noise)  # a NaN fails every comparison, so it is bad
-    _record(result, info, start, bad, rounded, stored, (error / unit).nan_to_num(nan=torch.inf))
+    _record(result, info, start, _Block(bad=bad, expected=rounded, found=stored, ulps=error / unit))
 
 
 def _compare_cast(result: Comparison, found: Stored, base: Stored, start: int, stop: int) -> None:
@@ -157,54 +156,53 @@ def _compare_cast(result: Comparison, found: Stored, base: Stored, start: int, s
     if base.info.dtype not in FLOATS or found.info.dtype not in FLOATS:
         bad = source != stored
         distance = (source.double() - stored.double()).abs()
-        _record(result, found.info, start, bad, source, stored, distance)
+        _record(result, found.info, start, _Block(bad=bad, expected=source, found=stored, ulps=distance))
         return
     rounded = round_to(source.double(), found.info.dtype)
     both_nan = torch.isnan(rounded) & torch.isnan(stored) & (found.info.dtype != base.info.dtype)
     bad = ~(same_bits(rounded, stored, found.info.dtype) | both_nan)
     result.new_non_finite += int((~torch.isfinite(stored) & torch.isfinite(source)).sum())
     distance = (stored.double() - source.double()).abs() / ulp(source.double(), found.info.dtype)
-    _record(result, found.info, start, bad, rounded, stored, distance.nan_to_num(nan=torch.inf))
+    _record(result, found.info, start, _Block(bad=bad, expected=rounded, found=stored, ulps=distance))
 
 
-def _record(
-    result: Comparison,
-    info: TensorInfo,
-    start: int,
-    bad: torch.Tensor,
-    rounded: torch.Tensor,
-    stored: torch.Tensor,
-    ulps: torch.Tensor,
-) -> None:
-    count = int(bad.sum())
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Block:
+    """Rows of one comparison, all of one shape: where it failed, what was expected and found, how far apart in ulp."""
+
+    bad: torch.Tensor
+    expected: torch.Tensor
+    found: torch.Tensor
+    ulps: torch.Tensor
+
+
+def _record(result: Comparison, info: TensorInfo, start: int, block: _Block) -> None:
+    count = int(block.bad.sum())
     if not count:
         return
     result.violations += count
+    ulps = block.ulps.nan_to_num(nan=torch.inf)
     # +1 so that a violation of distance 0 (a flipped sign of zero) is still above what is masked out.
-    flat = int(torch.where(bad, ulps + 1, torch.zeros_like(ulps)).argmax())
+    flat = int(torch.where(block.bad, ulps + 1, torch.zeros_like(ulps)).argmax())
     distance = float(ulps.flatten()[flat])
     if result.worst is None or distance > result.worst.ulps:
-        index = [int(i) for i in torch.unravel_index(torch.tensor(flat), rounded.shape)]
+        index = [int(i) for i in torch.unravel_index(torch.tensor(flat), ulps.shape)]
         index[0] += start
         result.worst = Deviation(
             tensor=info.name,
             index=tuple(index) if info.shape else (),
-            expected=float(rounded.flatten()[flat]),
-            found=float(stored.flatten()[flat]),
+            expected=float(block.expected.flatten()[flat]),
+            found=float(block.found.flatten()[flat]),
             ulps=distance,
         )
 
 
 def _measure_delta(result: Comparison, wanted: torch.Tensor, stored: torch.Tensor, base: torch.Tensor) -> None:
-    base = base.double().view(wanted.shape)
-    delta = wanted - base
-    kept = (stored.double().view(wanted.shape) - base) * delta
-    result.kept += float(kept.sum())
-    result.delta_squared += float(delta.square().sum())
-    result.base_squared += float(base.square().sum())
-
-
-def blocks_of(exact: Exact) -> Iterator[torch.Tensor]:
-    """Yield E's row blocks in order."""
-    for start, stop in row_blocks(exact.shape):
-        yield exact.rows(start, stop)
+    # Differences are taken in float64, where they are exact; float32 is enough for sums that are only reported.
+    base = base.double()
+    delta = (wanted - base).float().flatten()
+    kept = stored.double().sub_(base).float().flatten()
+    result.kept += float(torch.dot(kept, delta))
+    result.delta_squared += float(torch.dot(delta, delta))
+    base = base.float().flatten()
+    result.base_squared += float(torch.dot(base, base))

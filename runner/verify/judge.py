@@ -8,6 +8,7 @@ cannot be used is an error of the input.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -158,9 +159,7 @@ def _judge_case(
     findings: _Findings, case: _Case, *, prompts: Sequence[str], seed: int, device: str, say: Progress
 ) -> None:
     say("structure", 0.08)
-    findings.checks.extend(
-        judge_structure(base=case.base, adapter=case.adapter, merged=case.merged, form=case.form)
-    )
+    findings.checks.extend(judge_structure(base=case.base, adapter=case.adapter, merged=case.merged, form=case.form))
     storage = compare_storage(
         merged=case.merged,
         sources=case.sources,
@@ -205,7 +204,7 @@ def _semantics(probes: Sequence[Probe], unmerged: Unmerged) -> tuple[Check, ...]
     blind = [probe for probe in probes if probe.error is None]
     checks = [stored]
     if errors:
-        worst, probe = max(errors, key=lambda entry: entry[0] if entry[0] == entry[0] else float("inf"))
+        worst, probe = max(errors, key=lambda entry: math.inf if math.isnan(entry[0]) else entry[0])
         passed = worst <= LIMIT
         checks.append(
             Check(
@@ -214,7 +213,9 @@ def _semantics(probes: Sequence[Probe], unmerged: Unmerged) -> tuple[Check, ...]
                 outcome=Outcome.PASS if passed else Outcome.FAIL,
                 value=worst,
                 limit=LIMIT,
-                detail="" if passed else f"The worst of {len(errors)} modules is {probe.module}. {probe.detail}".strip(),
+                detail=""
+                if passed
+                else f"The worst of {len(errors)} modules is {probe.module}. {probe.detail}".strip(),
             )
         )
     if blind or not errors:

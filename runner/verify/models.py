@@ -30,8 +30,16 @@ from runner.errors import AdapterMismatch, BrokenCheckpoint
 
 # What transformers, safetensors and torch raise for a folder that they cannot load.
 LOAD_ERRORS = (
-    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, AssertionError, SafetensorError,
-)  # fmt: skip
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    AssertionError,
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,7 +224,8 @@ def merged_copy(unit: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     twin = copy.deepcopy(unit).to(dtype)
     if hasattr(twin, "unload_and_optionally_merge_module"):
-        merged: nn.Module = twin.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        unload: Any = twin.unload_and_optionally_merge_module
+        merged: nn.Module = unload(merge=True, safe_merge=False, adapter_names=None)
         return merged
     if not isinstance(twin, BaseTunerLayer):
         raise NotImplementedError(type(unit).__name__)

@@ -80,9 +80,8 @@ def _exact_module(path: str, unit: nn.Module, base: nn.Module, sources: Sources)
     if path in sources.by_peft:
         return merged_copy(unit, torch.float64).eval()
     module = copy.deepcopy(base).double().eval()
-    touched = sources.keys()
     for name, parameter in module.named_parameters():
-        if f"{path}.{name}" in touched:
+        if f"{path}.{name}" in sources.keys:
             parameter.data = _whole(sources.exact(f"{path}.{name}"))
     return module
 

@@ -15,7 +15,8 @@ Right merges were measured at 8.5e-6 and below, the weakest real fault at 5.3e-3
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +27,8 @@ from runner.verify.exact import Exact, ExactStored
 from runner.verify.models import LOAD_ERRORS, Loaded, Unmerged, first_line, load_folder, quiet
 from runner.verify.prompts import Questions, TokenSequence
 from runner.verify.quality import Tally, relative
-from runner.verify.targets import Sources, Target, Targets, assign
-from runner.verify.tensors import round_to
+from runner.verify.targets import Sources, Target, Targets
+from runner.verify.tensors import round_to, row_blocks
 from runner.verify.verdict import Check, Continuation, Layer, Outcome, Quality
 
 LIMIT = 1e-4
@@ -76,7 +77,9 @@ def judge_outputs(
     try:
         loaded = load_folder(merged)
     except LOAD_ERRORS as error:
-        return Outputs(checks=(_check("plain transformers loads the folder", first_line(error)),), quality=None, continuations=())
+        return Outputs(
+            checks=(_check("plain transformers loads the folder", first_line(error)),), quality=None, continuations=()
+        )
     checks = [_loading(base, loaded)]
     model = loaded.model.to(device)
     unmerged.model.to(device)
@@ -88,7 +91,11 @@ def judge_outputs(
         put = _fill(model, sources, targets, rounded=True)
         checks.append(_worst("the folder computes what round(E) computes", model, kept.merged, questions, put))
         put = _fill(model, sources, targets, rounded=False)
-        checks.append(_worst("the un-rounded merge computes what the unmerged model computes", model, kept.unmerged, questions, put))
+        checks.append(
+            _worst(
+                "the un-rounded merge computes what the unmerged model computes", model, kept.unmerged, questions, put
+            )
+        )
     except LOAD_ERRORS as error:
         checks.append(_check("the folder's model runs", first_line(error)))
         return Outputs(checks=tuple(checks), quality=None, continuations=())
@@ -118,13 +125,13 @@ def _compare(unmerged: Unmerged, model: PreTrainedModel, questions: Questions) -
             plain = _logits(reference, sequence)
         if sequence.is_text or not has_text:
             width = min(plain.shape[-1], kept.unmerged[-1].shape[-1], kept.merged[-1].shape[-1])
-            tally.add(
-                sequence.ids, plain[:, :width], kept.unmerged[-1][:, :width], kept.merged[-1][:, :width]
-            )
+            tally.add(sequence.ids, plain[:, :width], kept.unmerged[-1][:, :width], kept.merged[-1][:, :width])
     return tally, kept
 
 
-def _worst(name: str, model: PreTrainedModel, wanted: list[torch.Tensor], questions: Questions, misplaced: str) -> Check:
+def _worst(
+    name: str, model: PreTrainedModel, wanted: list[torch.Tensor], questions: Questions, misplaced: str
+) -> Check:
     if misplaced:
         return _check(name, f"the loaded model has no place for {misplaced}")
     worst, label = 0.0, ""
@@ -133,7 +140,7 @@ def _worst(name: str, model: PreTrainedModel, wanted: list[torch.Tensor], questi
         error = relative(reference, found) if found.shape == reference.shape else float("inf")
         if not error <= worst:  # a NaN is the worst there is
             worst, label = error, sequence.label
-        if worst != worst:
+        if math.isnan(worst):
             break
     passed = worst <= LIMIT
     return Check(
@@ -151,6 +158,7 @@ def _fill(model: PreTrainedModel, sources: Sources, targets: Targets, *, rounded
 
     Un-rounded also means that tensors which were only cast get the base's values back.
     """
+    places = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     for target in _by_unit(sources, targets):
         if not target.key:
             continue
@@ -161,23 +169,25 @@ def _fill(model: PreTrainedModel, sources: Sources, targets: Targets, *, rounded
             exact = ExactStored(target.base.root, target.base.info)
         else:
             continue
-        rounding = _rounding(target.dtype) if rounded else _as_is
-        if not assign(model, target.key, exact, rounding):
+        place = places.get(target.key)
+        if place is None or tuple(place.shape) != exact.shape:
             return target.stored
+        # New memory, because the loader may have given the parameter a view of the file.
+        place.data = _values(exact, target.dtype if rounded else "F32").to(place.device)
     return ""
+
+
+def _values(exact: Exact, dtype: str) -> torch.Tensor:
+    """Return E, rounded to `dtype`, as float32 in E's shape."""
+    values = torch.empty(exact.shape or (1,), dtype=torch.float32)
+    for start, stop in row_blocks(exact.shape):
+        values[start:stop] = round_to(exact.rows(start, stop), dtype).to(torch.float32)
+    return values.view(exact.shape)
 
 
 def _by_unit(sources: Sources, targets: Targets) -> Iterator[Target]:
     # Tensors of one PEFT unit one after the other, because only one unit's E is kept.
     yield from sorted(targets.required.values(), key=lambda target: (sources.unit_of(target.key) or "", target.key))
-
-
-def _rounding(dtype: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda exact: round_to(exact, dtype)
-
-
-def _as_is(exact: torch.Tensor) -> torch.Tensor:
-    return exact
 
 
 def _logits(model: torch.nn.Module, sequence: TokenSequence) -> torch.Tensor:
@@ -195,24 +205,33 @@ def _logits(model: torch.nn.Module, sequence: TokenSequence) -> torch.Tensor:
 
 def _continue(unmerged: Unmerged, model: PreTrainedModel, questions: Questions) -> tuple[Continuation, ...]:
     reference = unmerged.model.get_base_model()
-    spoken = []
-    for sequence in questions.continued:
-        ours = questions.text(_generate(reference, sequence))
-        theirs = questions.text(_generate(model, sequence))
-        with unmerged.model.disable_adapter():
-            plain = questions.text(_generate(reference, sequence))
-        spoken.append(Continuation(prompt=sequence.label, base=plain, unmerged=ours, merged=theirs))
-    return tuple(spoken)
+    ours = _generate(reference, questions)
+    theirs = _generate(model, questions)
+    with unmerged.model.disable_adapter():
+        plain = _generate(reference, questions)
+    asked = (sequence.label for sequence in questions.continued)
+    return tuple(
+        Continuation(prompt=prompt, base=base, unmerged=mine, merged=found)
+        for prompt, base, mine, found in zip(asked, plain, ours, theirs, strict=True)
+    )
 
 
-def _generate(model: PreTrainedModel, sequence: TokenSequence) -> torch.Tensor:
-    ids = sequence.ids[None].to(next(model.parameters()).device)
+def _generate(model: PreTrainedModel, questions: Questions) -> list[str]:
+    """Return greedy continuations of all prompts, in one batch with padding on the left."""
+    rows = [sequence.ids for sequence in questions.continued]
+    width = max(len(row) for row in rows)
+    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.int64, device=next(model.parameters()).device)
+    for number, row in enumerate(rows):
+        ids[number, width - len(row) :] = row
+        mask[number, width - len(row) :] = 1
     ends = getattr(model.generation_config, "eos_token_id", None)
     pad = ends[0] if isinstance(ends, list) else ends
-    config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=ends, pad_token_id=pad)
+    config = GenerationConfig(
+        max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=ends, pad_token_id=0 if pad is None else pad
+    )
     with torch.no_grad(), quiet():
-        whole = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    return torch.as_tensor(whole)[0, ids.shape[1] :].cpu()
+        whole = model.generate(ids, attention_mask=mask, generation_config=config)
+    return [questions.text(row) for row in torch.as_tensor(whole)[:, width:].cpu()]
 
 
 def _loading(base: Loaded, loaded: Loaded) -> Check:
@@ -240,6 +259,4 @@ def _power(effect: float) -> Check:
 
 
 def _check(name: str, problem: str) -> Check:
-    return Check(
-        layer=Layer.END_TO_END, name=name, outcome=Outcome.FAIL if problem else Outcome.PASS, detail=problem
-    )
+    return Check(layer=Layer.END_TO_END, name=name, outcome=Outcome.FAIL if problem else Outcome.PASS, detail=problem)

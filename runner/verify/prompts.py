@@ -22,7 +22,7 @@ TEXTS = (
     "Der Zug nach Heidelberg hatte vierzig Minuten Verspätung, aber niemand im Abteil schien es zu bemerken.",
     "昨天下午下了一场大雨，街上的人都跑进了旁边的书店。",
     "La bibliothèque ferme à dix-huit heures; après, il faut rendre les livres dans la boîte devant la porte.",
-    "def mean(values: list[float]) -> float:\n    if not values:\n        return 0.0\n    return sum(values) / len(values)\n",
+    "def mean(values: list[float]) -> float:\n    if not values:\n        return 0.0\n    return sum(values)",
     "SELECT city, COUNT(*) AS orders FROM sales WHERE day >= '2024-01-01' GROUP BY city ORDER BY orders DESC;",
     '{"name": "sensor-7", "readings": [12.5, 13.1, null], "unit": "°C", "ok": true}',
     "If 3x + 7 = 22, then x = 5, because 22 − 7 = 15 and 15 / 3 = 5. Hence x² = 25.",

@@ -94,7 +94,9 @@ def judge_storage(result: Storage, targets: Targets, unmerged: Unmerged) -> tupl
         finite = f"{name} holds {count} NaN or Inf" + _more(len(result.non_finite))
     checks = [
         _check("every adapter tensor is used", placed, len(unmerged.unplaced)),
-        _check("touched elements are the exact sum, rounded once", _deviations(result.touched), result.touched.violations),
+        _check(
+            "touched elements are the exact sum, rounded once", _deviations(result.touched), result.touched.violations
+        ),
         _check("untouched tensors are the base's", _deviations(result.untouched), result.untouched.violations),
         _check("no NaN or Inf that the base had not", finite, sum(result.non_finite.values())),
     ]

@@ -122,17 +122,26 @@ def _config(base: Path, merged: Path, form: Form) -> Check:
 def _config_problems(before: Mapping[str, Any], after: Mapping[str, Any], form: Form, path: str) -> Iterator[str]:
     for key in sorted({*before, *after} - HARMLESS_KEYS):
         old, new = before.get(key, _MISSING), after.get(key, _MISSING)
-        if old == new:
+        if old == new or key in DTYPE_KEYS:
             continue
         if key in ("text_config", "llm_config") and isinstance(old, dict) and isinstance(new, dict):
             yield from _config_problems(old, new, form, f"{path}{key}.")
         elif not _may_change(key, new, form):
             yield f"{path}{key} is {_show(new)}, expected {_show(old)}"
 
+    old_dtype, new_dtype = _dtype(before), _dtype(after)
+    wanted = old_dtype if form.dtype == "auto" else form.dtype
+    if new_dtype != wanted and not (new_dtype is None and old_dtype is None):
+        yield f"{path}dtype is {_show(new_dtype)}, expected {_show(wanted)}; loaders cast to what it says"
+
+
+def _dtype(config: Mapping[str, Any]) -> str | None:
+    """Return the dtype that the config names, under the new key or the old one."""
+    value = next((config[key] for key in DTYPE_KEYS if config.get(key) is not None), None)
+    return None if value is None else str(value).removeprefix("torch.")
+
 
 def _may_change(key: str, new: Any, form: Form) -> bool:
-    if key in DTYPE_KEYS:
-        return form.dtype != "auto" and new in (form.dtype, f"torch.{form.dtype}")
     if key == "tie_word_embeddings":
         return form.is_untied and new is False
     if key == "vocab_size":

@@ -7,11 +7,10 @@ Told, not judged: changed parameters that transformers computes from several sto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from runner.checkpoint.layout import Checkpoint
 from runner.verify.elements import Stored, same_exact
@@ -83,12 +82,8 @@ class Sources:
         self.homes = self._find_homes()
         self.by_peft = {path for path in unmerged.units if not self.is_closed(path)}
         self.replaced = self._find_replaced()
-
-    def keys(self) -> set[str]:
-        """Return every key whose parameter the adapter may change."""
-        units = {path: bare(unit).state_dict() for path, unit in self._unmerged.units.items()}
-        peft = {f"{path}.{name}" for path in self.by_peft for name in units[path]}
-        return peft | set(self._recipe.rules) | self.replaced
+        peft = {f"{path}.{name}" for path in self.by_peft for name in bare(unmerged.units[path]).state_dict()}
+        self.keys = frozenset(peft | set(recipe.rules) | self.replaced)  # every key that the adapter may change
 
     def is_closed(self, unit: str) -> bool:
         """Return whether the judge's own closed form covers all that the adapter does to this unit."""
@@ -207,7 +202,7 @@ def find_targets(sources: Sources, *, base: Checkpoint, blueprint: Blueprint, dt
     Raises:
         RuntimeError, TypeError, ValueError, NotImplementedError: PEFT's own merge of a tied unit fails.
     """
-    touched = sources.keys()
+    touched = sources.keys
     key_of = {name: key for key, name in blueprint.stored.items()}
 
     def target(key: str, name: str, home: Stored, *, is_touched: bool) -> Target:
@@ -262,23 +257,6 @@ def resized_rows(recipe: Recipe, blueprint: Blueprint) -> int | None:
         if tensor is not None and recipe.tensors[tensor].shape[0] != blueprint.keys[key][0]:
             return recipe.tensors[tensor].shape[0]
     return None
-
-
-def assign(model: nn.Module, key: str, exact: Exact, rounding: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-    """Give the model's parameter `key` the values of E after `rounding`, as float32.
-
-    Returns:
-        Whether the model has such a parameter of E's shape; where it has not, nothing is changed.
-    """
-    found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    if key not in found or tuple(found[key].shape) != exact.shape:
-        return False
-    value = torch.empty(exact.shape, dtype=torch.float32)
-    for start, stop in row_blocks(exact.shape):
-        rows = value.view(exact.shape or (1,))[start:stop]
-        rows.copy_(rounding(exact.rows(start, stop)).to(torch.float32))
-    found[key].data = value
-    return True
 
 
 def _is_tied(sources: Sources, blueprint: Blueprint, tied: str, origin: str) -> bool:

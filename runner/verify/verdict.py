@@ -18,6 +18,9 @@ class Status(StrEnum):
     NOT_VERIFIED = "NOT_VERIFIED"  # a gating layer did not run
 
 
+PASSED = (Status.PASS, Status.PASS_LOSSY)  # what may be published
+
+
 class Layer(StrEnum):
     """The parts of the claim, in the order in which they are judged."""
 
@@ -143,7 +146,7 @@ class Verdict:
     @property
     def passed(self) -> bool:
         """Whether the merge may be published."""
-        return self.status in (Status.PASS, Status.PASS_LOSSY)
+        return self.status in PASSED
 
     @property
     def failures(self) -> tuple[Check, ...]:

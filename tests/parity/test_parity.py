@@ -39,7 +39,7 @@ def _tied() -> PreTrainedModel:
 
 
 def _lora(**options: object) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": LINEAR, **options})  # type: ignore[arg-type]
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": LINEAR, **options})
 
 
 CASES = {

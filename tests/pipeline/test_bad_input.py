@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.hub.server import LocalHub
+from tests.parity import models
 from tests.pipeline.conftest import TARGET, Action, Result
 
 Damage = Callable[[Path], None]
@@ -48,6 +50,10 @@ def _pickled_only(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
 
 
+def _broken_config(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{")
+
+
 def _remove_config(folder: Path) -> None:
     (folder / "adapter_config.json").unlink()
 
@@ -78,7 +84,7 @@ def _wrong_shape(tensors: dict[str, torch.Tensor]) -> None:
 BAD_ADAPTERS: dict[str, tuple[Damage, int, str]] = {
     "no config": (_remove_config, 4, "adapter_config.json"),
     "pickled weights only": (_pickled_only, 4, "adapter_model.bin"),
-    "config is no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{") and None, 4, "JSON"),
+    "config is no JSON": (_broken_config, 4, "JSON"),
     "truncated weights": (_cut(WEIGHTS), 4, "not a sound safetensors file"),
     "NaN": (_edit_tensors(_nan), 4, "NaN or Inf"),
     "Inf in bfloat16": (_edit_tensors(_infinite), 4, "NaN or Inf"),
@@ -96,7 +102,7 @@ BAD_ADAPTERS: dict[str, tuple[Damage, int, str]] = {
 
 
 def _header(folder: Path, change: Callable[[dict[str, object]], None]) -> None:
-    path = sorted(folder.glob("model-*.safetensors"))[0]
+    path = min(folder.glob("model-*.safetensors"))
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -129,7 +135,7 @@ def _outside_index(folder: Path) -> None:
 
 
 def _missing_shard(folder: Path) -> None:
-    sorted(folder.glob("model-*.safetensors"))[-1].unlink()
+    max(folder.glob("model-*.safetensors")).unlink()
 
 
 def _pickled_base(folder: Path) -> None:
@@ -147,7 +153,7 @@ def _base_config(**changes: object) -> Damage:
 
 
 def _cut_shard(folder: Path) -> None:
-    _cut(sorted(folder.glob("model-*.safetensors"))[0].name)(folder)
+    _cut(min(folder.glob("model-*.safetensors")).name)(folder)
 
 
 BAD_BASES: dict[str, tuple[Damage, int, str]] = {
@@ -192,8 +198,6 @@ def test_refuses_a_bad_base(name: str, action: Action, base: Path, adapter: Path
 
 
 def test_refuses_an_adapter_of_another_architecture(action: Action, adapter: Path, tmp_path: Path) -> None:
-    from tests.parity import models
-
     other = models.save_base(models.gpt2(), tmp_path / "gpt2", dtype=torch.bfloat16)
 
     _refused(action.publish(other, adapter), 4, "q_proj", action.hub)
@@ -241,8 +245,6 @@ def test_refuses_cuda_without_a_gpu(action: Action, base: Path, adapter: Path) -
 
 
 def test_refuses_when_the_disk_is_too_small(action: Action, base: Path, adapter: Path, tmp_path: Path) -> None:
-    import subprocess
-
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(small)], check=False)

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,11 @@ from tests.pipeline.conftest import ROOT, Action
 
 
 @pytest.fixture
-def action(hub: LocalHub, tmp_path: Path) -> Iterator[Action]:
+def action(hub: LocalHub, tmp_path: Path) -> Action:
     """Each test has an account of its own, so that releases do not meet."""
     name = f"user{time.monotonic_ns()}"
     hub.add_user(name)
-    yield Action(hub=hub, token=hub.add_token(name, role="write"), folder=tmp_path)
+    return Action(hub=hub, token=hub.add_token(name, role="write"), folder=tmp_path)
 
 
 def _target(action: Action) -> str:
@@ -77,7 +76,8 @@ def test_other_content_under_the_same_tag_is_an_error_and_changes_nothing(
     after = action.hub.repo(target)
     assert result.code == 3, result.log
     assert "v1.0.0" in result.log
-    assert before is not None and after is not None
+    assert before is not None
+    assert after is not None
     assert (after.tags, after.commits) == (before.tags, before.commits)
 
 
@@ -197,7 +197,10 @@ def test_cancelling_ends_the_worker_and_publishes_nothing(
 ) -> None:
     target = _target(action)
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "entrypoint.py"), "--report-dir", str(tmp_path / "r"), *_flags(base, adapter, target)],
+        [
+            sys.executable, str(ROOT / "entrypoint.py"), "--report-dir", str(tmp_path / "r"),
+            *_flags(base, adapter, target),
+        ],
         cwd=tmp_path, env=os.environ | action.hub.env(action.token), stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     workers: list[int] = []

@@ -87,7 +87,7 @@ def damage_int8_base(folder: Path, base: Path, adapter: Path) -> Diagnosis:
         return made
 
     _edit(folder, base, {n: edit(exact[n]) for n in changed(folder, base)})
-    return Diagnosis(layer=Layer.STORAGE, names="touched" if False else "ulp off")
+    return Diagnosis(layer=Layer.STORAGE, names="ulp off")
 
 
 def damage_rows_swapped(folder: Path, base: Path, adapter: Path) -> Diagnosis:
@@ -254,7 +254,8 @@ def _layer(name: str) -> str:
 
 def _load(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     with safe_open(checkpoint.root / checkpoint.tensors[name].file, framework="pt") as handle:
-        return handle.get_tensor(name)
+        tensor: torch.Tensor = handle.get_tensor(name)
+    return tensor
 
 
 def _edit(folder: Path, base: Path, edits: Mapping[str, Edit]) -> None:
