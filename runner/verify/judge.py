@@ -141,6 +141,7 @@ def _prepare(base: Checkpoint, adapter: Path, merged: Checkpoint, dtype: str) ->
         optional={name: _wanted(target) for name, target in targets.optional.items()},
         dtype=dtype,
         is_untied=bool(targets.untied),
+        may_untie=bool(targets.untied) or (bool(targets.optional) and targets.optional.keys() <= merged.tensors.keys()),
         rows=rows,
     )
     return _Case(

@@ -7,7 +7,8 @@ for embeddings):
 
 with f PEFT's unmerged forward of a float64 copy of that one module. Right merges were measured at 3.5e-10 and below,
 a factor wrong by 2 % gives 2e-2. float32 is not enough: there a weak adapter drowns in rounding. The floor of the
-denominator only matters to a delta below 1e-8 of the output, which no stored float can hold.
+denominator only matters to a delta below 1e-8 of the output, which no stored float can hold. Two methods (DEFT, C3A)
+compute in float32 inside PEFT whatever they are given; for them the error is taken relative to ‖W x‖.
 Whole tensors that the adapter brings (`modules_to_save`) have nothing to compute: they must be equal in every bit.
 """
 
@@ -30,6 +31,7 @@ LIMIT = 1e-6
 PROBES = 4
 MAX_ROWS = 1024  # of an embedding, besides those that differ most
 _FLOOR = 1e-8
+_SINGLE_PRECISION = frozenset({"DEFT", "C3A"})  # methods whose layers cast to float32 inside
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,16 +51,17 @@ class Probe:
 
 def probe_modules(unmerged: Unmerged, sources: Sources, seed: int) -> Iterator[Probe]:
     """Yield one probe per module that PEFT touches; a copy of one module in float64 is in memory at a time."""
+    floor = 1.0 if sources.peft_type in _SINGLE_PRECISION else _FLOOR
     for number, (path, unit) in enumerate(unmerged.units.items()):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         try:
             with torch.no_grad():
-                yield _probe(path, unit, sources, generator)
+                yield _probe(path, unit, sources, generator, floor)
         except LOAD_ERRORS as error:
             yield Probe(module=path, error=None, detail=f"PEFT's layer does not run in float64: {first_line(error)}")
 
 
-def _probe(path: str, unit: nn.Module, sources: Sources, generator: torch.Generator) -> Probe:
+def _probe(path: str, unit: nn.Module, sources: Sources, generator: torch.Generator, floor: float) -> Probe:
     if isinstance(unit, ModulesToSaveWrapper):
         return _probe_copy(path, unit, sources)
     base = bare(unit)
@@ -68,7 +71,7 @@ def _probe(path: str, unit: nn.Module, sources: Sources, generator: torch.Genera
         return Probe(module=path, error=None, detail=f"no probe for a module of class {type(base).__name__}")
     twin = copy.deepcopy(unit).double().eval()
     wanted, plain, made = twin(inputs), bare(twin)(inputs), exact(inputs)
-    effect = max(float((wanted - plain).norm()), _FLOOR * float(plain.norm()))
+    effect = max(float((wanted - plain).norm()), floor * float(plain.norm()))
     distance = float((made - wanted).norm())
     if distance == 0.0:
         return Probe(module=path, error=0.0)

@@ -47,6 +47,7 @@ class Form:
         optional: tensors that may be there.
         dtype: "auto", or the requested output dtype.
         is_untied: whether the base ties its embeddings and a right merge does not.
+        may_untie: whether the tie flag may be false: `is_untied`, or both sides are stored though they are equal.
         rows: the vocabulary's size where the adapter changes it, else None.
     """
 
@@ -54,6 +55,7 @@ class Form:
     optional: Mapping[str, Wanted]
     dtype: str
     is_untied: bool
+    may_untie: bool
     rows: int | None
 
 
@@ -122,12 +124,13 @@ def _config(base: Path, merged: Path, form: Form) -> Check:
 def _config_problems(before: Mapping[str, Any], after: Mapping[str, Any], form: Form, path: str) -> Iterator[str]:
     for key in sorted({*before, *after} - HARMLESS_KEYS):
         old, new = before.get(key, _MISSING), after.get(key, _MISSING)
-        if old == new or key in DTYPE_KEYS:
+        if key in DTYPE_KEYS or (old == new and not (key == "vocab_size" and form.rows is not None)):
             continue
         if key in ("text_config", "llm_config") and isinstance(old, dict) and isinstance(new, dict):
             yield from _config_problems(old, new, form, f"{path}{key}.")
         elif not _may_change(key, new, form):
-            yield f"{path}{key} is {_show(new)}, expected {_show(old)}"
+            expected = form.rows if key == "vocab_size" and form.rows is not None else old
+            yield f"{path}{key} is {_show(new)}, expected {_show(expected)}"
 
     old_dtype, new_dtype = _dtype(before), _dtype(after)
     wanted = old_dtype if form.dtype == "auto" else form.dtype
@@ -143,7 +146,7 @@ def _dtype(config: Mapping[str, Any]) -> str | None:
 
 def _may_change(key: str, new: Any, form: Form) -> bool:
     if key == "tie_word_embeddings":
-        return form.is_untied and new is False
+        return form.may_untie and new is False
     if key == "vocab_size":
         return form.rows is not None and new == form.rows
     return key == "quantization_config" and new is _MISSING
@@ -159,7 +162,8 @@ def _tie_flag(base: Path, merged: Checkpoint, form: Form) -> Check:
         if not wrong and not said:
             problems = ["tie_word_embeddings must be false, because the two embeddings must differ"]
         return _check(name, problems)
-    changed = dict(_ties(before)) != dict(_ties(after))
+    loosened = form.may_untie and not any(value for _, value in _ties(after))
+    changed = not loosened and dict(_ties(before)) != dict(_ties(after))
     return _check(name, ["tie_word_embeddings is not the base's, and the adapter unties nothing"] if changed else [])
 
 

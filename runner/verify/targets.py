@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from runner.checkpoint.layout import Checkpoint
+from runner.errors import UnsupportedAdapter
 from runner.verify.elements import Stored, same_exact
 from runner.verify.exact import Exact, ExactFromPeft, ExactShift, ExactStored, ReadRows, low_rank
-from runner.verify.models import Blueprint, Unmerged, bare, base_values, merged_copy
+from runner.verify.models import LOAD_ERRORS, Blueprint, Unmerged, bare, base_values, first_line, merged_copy
 from runner.verify.recipe import Copy, LowRank, Recipe, Rule, Shift
 from runner.verify.tensors import DTYPE_NAMES, FLOATS, read_tensor, row_blocks
 
@@ -77,6 +78,7 @@ class Sources:
         self._blueprint = blueprint
         self._recipe = recipe
         self._unmerged = unmerged
+        self.peft_type = recipe.peft_type
         self._values = base_values(unmerged)
         self._merged: tuple[str, dict[str, ExactFromPeft]] = ("", {})
         self.homes = self._find_homes()
@@ -200,7 +202,7 @@ def find_targets(sources: Sources, *, base: Checkpoint, blueprint: Blueprint, dt
         dtype: "auto", "bfloat16", "float16" or "float32".
 
     Raises:
-        RuntimeError, TypeError, ValueError, NotImplementedError: PEFT's own merge of a tied unit fails.
+        UnsupportedAdapter: PEFT's own merge of a tied embedding fails.
     """
     touched = sources.keys
     key_of = {name: key for key, name in blueprint.stored.items()}
@@ -228,7 +230,7 @@ def find_targets(sources: Sources, *, base: Checkpoint, blueprint: Blueprint, dt
         if not _is_tied(sources, blueprint, tied, origin):
             continue
         changed = [key for key in (tied, origin) if key in touched]
-        holds = not changed or same_exact(_now(sources, tied, changed), _now(sources, origin, changed))
+        holds = not changed or _still_equal(sources, tied, origin, changed)
         if not holds:
             untied.append(tied)
         if absent not in blueprint.stored:
@@ -265,6 +267,17 @@ def _is_tied(sources: Sources, blueprint: Blueprint, tied: str, origin: str) -> 
     if tied in stored and origin in stored:
         return same_exact(sources.of_base(tied), sources.of_base(origin))
     return tied in stored or origin in stored
+
+
+def _still_equal(sources: Sources, tied: str, origin: str, changed: list[str]) -> bool:
+    try:
+        return same_exact(_now(sources, tied, changed), _now(sources, origin, changed))
+    except LOAD_ERRORS as error:
+        raise UnsupportedAdapter(
+            f"PEFT's own merge of {tied} or {origin} fails: {first_line(error)}",
+            why="Without it, nobody can say what the merged embeddings must be.",
+            fix="Release the adapter unmerged, or train one that PEFT can merge.",
+        ) from error
 
 
 def _now(sources: Sources, key: str, changed: list[str]) -> Exact:

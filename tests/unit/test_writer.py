@@ -1,0 +1,71 @@
+"""Shards appear whole, with the digest of what is on the disk, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from runner.checkpoint.layout import SINGLE_FILE, build_header, read_checkpoint
+from runner.checkpoint.reader import Reader, tensor_bytes
+from runner.checkpoint.writer import ShardWriter
+from runner.errors import BrokenCheckpoint, NotEnoughDisk
+
+
+def test_what_is_written_is_what_the_digest_says(tmp_path: Path) -> None:
+    tensor = torch.randn(700, 900)
+    header = build_header([("w", "F32", (700, 900))], {"format": "pt"})
+
+    with ShardWriter(tmp_path, buffer_bytes=4096) as writer:
+        writer.begin("x.safetensors", header, len(header) + 700 * 900 * 4)
+        raw = tensor.view(-1).view(torch.uint8)
+        for first in range(0, len(raw), 4096):
+            buffer = writer.borrow()
+            piece = raw[first : first + 4096]
+            buffer.raw[: len(piece)].copy_(piece)
+            writer.put(tensor_bytes(buffer.raw[: len(piece)]), buffer)
+        digest = writer.finish()
+
+    path = tmp_path / "x.safetensors"
+    assert digest.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert digest.size_bytes == path.stat().st_size
+    assert torch.equal(load_file(path)["w"], tensor)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_leaving_early_leaves_nothing(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path) as writer:
+        writer.begin("x.safetensors", b"header", 100)
+        assert (tmp_path / "x.safetensors.part").exists()
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], check=False)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        with ShardWriter(tmp_path) as writer, pytest.raises(NotEnoughDisk, match="disk is full"):
+            writer.begin("x.safetensors", b"header", 1 << 20)
+        with ShardWriter(tmp_path) as writer:
+            writer.begin("x.safetensors", b"header", 6)  # reserves too little, so that the thread meets the end
+            writer.put(memoryview(bytes(1 << 20)))
+            with pytest.raises(NotEnoughDisk, match="disk is full"):
+                writer.finish()
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(1000)}, tmp_path / SINGLE_FILE)
+    checkpoint = read_checkpoint(tmp_path)
+    with (tmp_path / SINGLE_FILE).open("r+b") as file:
+        file.truncate(1000)
+
+    with Reader(checkpoint) as reader, pytest.raises(BrokenCheckpoint, match="inside 'w'"):
+        reader.read(checkpoint.tensors["w"])

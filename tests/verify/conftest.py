@@ -1,0 +1,70 @@
+"""Bases, adapters and right merges, made once per session and never changed; tests that damage take a copy."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils import logging as chatter
+
+from tests.verify.merges import save_merge
+from tests.verify.tiny import BASES, lora, save_adapter, save_base
+from tests.verify.variants import VARIANTS
+
+Maker = Callable[..., tuple[Path, Path, Path]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny models lose more to waiting threads than they win."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    chatter.disable_progress_bar()
+    yield
+    chatter.enable_progress_bar()
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One bf16 base of every kind."""
+    root = tmp_path_factory.mktemp("bases")
+    return {kind: save_base(root / kind, kind) for kind in BASES}
+
+
+@pytest.fixture(scope="session")
+def right_merge(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    """Return (base, adapter, merged) of a variant in a dtype; kept for the session."""
+    root = tmp_path_factory.mktemp("merges")
+
+    def make(variant: str, dtype: str = "auto") -> tuple[Path, Path, Path]:
+        kind, config = VARIANTS[variant]
+        adapter, merged = root / variant / "adapter", root / variant / dtype
+        if not adapter.exists():
+            save_adapter(adapter, bases[kind], config())
+        if not merged.exists():
+            save_merge(merged, bases[kind], adapter, dtype=dtype)
+        return bases[kind], adapter, merged
+
+    return make
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
+    """Return a copy of a folder that the test may change."""
+
+    def copy(folder: Path) -> Path:
+        return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def weak(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Return (base, adapter, merged) of an adapter that bf16 mostly rounds away."""
+    root = tmp_path_factory.mktemp("weak")
+    adapter = save_adapter(root / "adapter", bases["llama"], lora(target_modules="all-linear"), strength=0.02)
+    return bases["llama"], adapter, save_merge(root / "merged", bases["llama"], adapter)
