@@ -82,7 +82,7 @@ INPUTS: tuple[InputSpec, ...] = (
     ),
     InputSpec(
         name="device",
-        description="Where to merge and verify; cuda never falls back to the CPU.",
+        description="Where the judge runs the models; cuda never falls back to the CPU.",
         default="auto",
         choices=("auto", "cuda", "cpu"),
     ),

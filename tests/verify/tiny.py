@@ -110,6 +110,7 @@ def save_adapter(
     strength: float = 1.0,
     seed: int = 1,
     dtype: torch.dtype | None = None,
+    rows: int | None = None,
 ) -> Path:
     """Write an adapter whose every tensor is random and return its folder.
 
@@ -120,13 +121,17 @@ def save_adapter(
         strength: factor on the size of the change.
         seed: of the random values.
         dtype: that the adapter is stored in; float32 by default.
+        rows: of the vocabulary, where the training enlarged it.
     """
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        if rows is not None:
+            plain.resize_token_embeddings(rows, mean_resizing=False)
+        model = get_peft_model(plain, config)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 size = parameter.data.std().clamp(min=0.05) if parameter.numel() > 1 else torch.tensor(0.05)
