@@ -129,7 +129,7 @@ def _use(facts: CardFacts) -> str:
 
 def _verification(verdict: Verdict) -> str:
     says = {
-        Status.PASS: "The merge was judged before it was published, by code that shares nothing with the merge.",
+        Status.PASS: "The merge was judged before it was published, by code that uses nothing of the merge.",
         Status.PASS_LOSSY: "The merge is exact, but the output dtype kept less than 0.9 of the adapter's change.",
     }.get(verdict.status, "The merge did not pass.")
     rows = [_check_row(check) for check in verdict.checks]

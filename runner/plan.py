@@ -26,7 +26,8 @@ from runner.checkpoint.layout import (
 from runner.companions import Companion
 
 SAFETENSORS_DTYPES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-CASTABLE = ("BF16", "F16", "F32")
+NAMES: Mapping[str, str] = {stored: name for name, stored in SAFETENSORS_DTYPES.items()}
+CASTABLE = tuple(NAMES)
 
 
 class Action(StrEnum):
@@ -134,7 +135,7 @@ class PlanSummary:
 
     Attributes:
         peft_type: the adapter's method.
-        output_dtype: "auto" (each tensor keeps its own) or the requested dtype.
+        output_dtype: of the merged tensors, for example "bfloat16"; several in a base of mixed dtypes.
         tensors_copied: bytes taken over.
         tensors_cast: only their dtype changes.
         tensors_merged: changed by the adapter; includes added ones.
@@ -208,7 +209,7 @@ def make_plan(
         shards=shards,
         index=index,
         companions=companions,
-        summary=_summary(checkpoint, changes, shards, companions, dtype, peft_type),
+        summary=_summary(checkpoint, changes, shards, companions, peft_type),
     )
 
 
@@ -259,15 +260,15 @@ def _summary(
     changes: Changes,
     shards: tuple[ShardPlan, ...],
     companions: tuple[Companion, ...],
-    dtype: str,
     peft_type: str,
 ) -> PlanSummary:
+    dtypes = {tensor.dtype for shard in shards for tensor in shard.tensors if tensor.action is Action.MERGE}
     actions = [tensor.action for shard in shards for tensor in shard.tensors]
     write_bytes = sum(shard.size_bytes for shard in shards)
     disk_bytes = write_bytes + sum(companion.source.stat().st_size for companion in companions)
     return PlanSummary(
         peft_type=peft_type,
-        output_dtype=dtype,
+        output_dtype=", ".join(sorted(NAMES[stored] for stored in dtypes)),
         tensors_copied=actions.count(Action.COPY),
         tensors_cast=actions.count(Action.CAST),
         tensors_merged=actions.count(Action.MERGE),

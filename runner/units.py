@@ -10,7 +10,7 @@ when PEFT ties the adapters, too. See docs/decisions/0002.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -51,16 +51,19 @@ class Unit:
 
 def find_units(attached: Attached) -> dict[str, Unit]:
     """Return the units of an attached model by path, in the model's order."""
-    units: dict[str, Unit] = {}
+    modules: dict[str, Any] = {}
     inside = ""
     for path, module in attached.model.named_modules():
         if inside and path.startswith(inside):
             continue
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            keys = tuple(key for key in attached.parameters if key.startswith(path + "."))
-            units[path] = Unit(path=path, module=module, keys=keys)
+            modules[path] = module
             inside = path + "."
-    return units
+    keys: dict[str, list[str]] = {path: [] for path in modules}
+    for key in attached.parameters:
+        if (path := _unit_of(key, modules)) is not None:
+            keys[path].append(key)
+    return {path: Unit(path=path, module=module, keys=tuple(keys[path])) for path, module in modules.items()}
 
 
 def find_changes(attached: Attached, units: Mapping[str, Unit]) -> Changes:
@@ -75,7 +78,7 @@ def find_changes(attached: Attached, units: Mapping[str, Unit]) -> Changes:
         for path, unit in units.items()
         for key in _changed(unit, attached)
     }
-    loose = {key: Change(unit=key, parameter="") for key in attached.replaced if not _inside(key, units)}
+    loose = {key: Change(unit=key, parameter="") for key in attached.replaced if _unit_of(key, units) is None}
     by_key |= loose
     if not by_key:
         raise UnsupportedAdapter(
@@ -173,9 +176,10 @@ def _changed(unit: Unit, attached: Attached) -> list[str]:
     return list(unit.keys)
 
 
-def _inside(key: str, units: Mapping[str, Unit]) -> bool:
+def _unit_of(key: str, paths: Container[str]) -> str | None:
     parts = key.split(".")
-    return any(".".join(parts[:count]) in units for count in range(1, len(parts)))
+    prefixes = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return next((prefix for prefix in prefixes if prefix in paths), None)
 
 
 def _resolve_ties(

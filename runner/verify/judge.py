@@ -165,7 +165,7 @@ def _judge_case(
         merged=case.merged,
         sources=case.sources,
         targets=case.targets,
-        on_progress=lambda share: say("storage", 0.1 + 0.2 * share),
+        on_progress=lambda share: say("storage", 0.08 + 0.2 * share),
     )
     findings.checks.extend(judge_storage(storage, case.targets, case.unmerged))
     say("semantics", 0.3)

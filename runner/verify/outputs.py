@@ -250,8 +250,7 @@ def _power(effect: float) -> Check:
         name="the prompts can see the adapter",
         outcome=Outcome.WARN if weak else Outcome.PASS,
         value=effect,
-        limit=NO_POWER,
-        detail="No power: the adapter moves the logits by less than the limit, so this layer cannot tell a merge from "
+        detail=f"No power: the adapter moves the logits by less than {NO_POWER:g}, so this layer cannot tell a merge from "
         "the base; storage and semantics can, and do."
         if weak
         else "",

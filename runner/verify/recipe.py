@@ -4,7 +4,7 @@ Covered in closed form: LoRA and rsLoRA on linear layers, Conv1D and embeddings,
 trained biases (`lora_bias`, `bias`), and whole tensors (`modules_to_save`). Every other method, and every LoRA variant,
 goes to `Recipe.others`: its exact weight comes from PEFT's own layer, computed in float64.
 
-This is the judge's own reading of PEFT's file format; it shares nothing with the merge. No torch.
+This is the judge's own reading of PEFT's file format; it uses nothing of the merge. No torch.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def read_recipe(root: Path, parameters: Sequence[str]) -> Recipe:
             others.append(name)
     rules: dict[str, Rule] = {key: Copy(tensor=name) for key, name in copies.items()}
     for module, found in parts.items():
-        made = _module_rules(module, found, config, tensors) if _is_plain(config, others, module) else None
+        is_mine = f"{module}.weight" in known and _is_plain(config, others, module)
+        made = _module_rules(module, found, config, tensors) if is_mine else None
         if made is None or not made.keys() <= known:
             others.extend(found.values())
         else:

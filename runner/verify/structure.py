@@ -174,17 +174,19 @@ def _ties(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _tokenizer(base: Path, adapter: Path, merged: Path) -> Check:
-    found = _files(merged, TOKENIZER_FILES)
-    ours = _files(base, TOKENIZER_FILES)
-    theirs = _files(adapter, TOKENIZER_FILES)
-    sides = [ours, theirs] if theirs.keys() & VOCABULARIES else [ours]
+    found, ours, theirs = (_files(root, TOKENIZER_FILES) for root in (merged, base, adapter))
+    name = "tokenizer and chat template are the base's or the adapter's, byte for byte"
+    has_own = bool(theirs.keys() & VOCABULARIES)
+    if found == ours or (has_own and found == theirs):
+        return _check(name, [])
+    if has_own and all(data in (ours.get(file), theirs.get(file)) for file, data in found.items()):
+        return _check(name, ["half of the tokenizer's files are the base's and half are the adapter's"])
     problems = []
-    if found not in sides:
-        differing = sorted(name for name in {*found, *ours} if found.get(name) != ours.get(name))
-        state = {name: "missing" if name not in found else "changed" if name in ours else "extra" for name in differing}
-        problems = [f"{name} is {state[name]}" for name in differing if found.get(name) != theirs.get(name)]
-        problems = problems or [f"{differing[0]} is the adapter's, but other tokenizer files are not"]
-    return _check("tokenizer and chat template are the base's or the adapter's, byte for byte", problems)
+    for file in sorted({*found, *ours}):
+        if found.get(file) != ours.get(file):
+            state = "missing" if file not in found else "changed" if file in ours else "not expected"
+            problems.append(f"{file} is {state}")
+    return _check(name, problems)
 
 
 def _other_files(base: Path, adapter: Path, merged: Path) -> Check:

@@ -61,6 +61,7 @@ def ulp(exact: torch.Tensor, dtype: str) -> torch.Tensor:
     """Return the unit in the last place of `dtype` at each float64 value; subnormal spacing below the normals."""
     form = FORMATS[dtype]
     exponent = torch.frexp(exact).exponent - 1  # |x| = m * 2^exponent with 1 <= m < 2
+    exponent = torch.where(exact == 0, form.min_exponent, exponent)  # frexp gives zero the exponent of ½
     exponent = exponent.clamp(min=form.min_exponent) - form.fraction_bits
     return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)  # the bits of 2^exponent
 

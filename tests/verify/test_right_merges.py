@@ -73,7 +73,8 @@ def test_passes_without_a_tokenizer(tmp_path: Path) -> None:
     merged = save_merge(tmp_path / "merged", base, adapter)
     verdict = judge(base=base, adapter=adapter, merged=merged, dtype="auto")
     assert verdict.status is Status.PASS
-    assert verdict.quality is not None and verdict.quality.tokens > 0
+    assert verdict.quality is not None
+    assert verdict.quality.tokens > 0
 
 
 def test_reports_what_the_adapter_does_and_what_rounding_costs(right_merge: Maker) -> None:
@@ -97,7 +98,8 @@ def test_reports_what_the_adapter_does_and_what_rounding_costs(right_merge: Make
     assert len(verdict.modules) == 14
     assert all(row.probe_error is not None and row.probe_error < 1e-9 < row.delta_ratio for row in verdict.modules)
     shares = [share for _, share in said]
-    assert shares == sorted(shares) and shares[-1] == 1.0
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
 
 
 def test_gives_the_same_verdict_twice(right_merge: Maker) -> None:

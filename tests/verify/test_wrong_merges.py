@@ -66,8 +66,10 @@ def test_a_weak_adapter_passes_as_lossy_and_is_told_what_would_help(weak: tuple[
     verdict = judge(base=base, adapter=adapter, merged=merged, dtype="auto")
     assert verdict.status is Status.PASS_LOSSY
     warning = next(check for check in verdict.checks if check.layer is Layer.QUALITY and check.outcome is Outcome.WARN)
-    assert warning.value is not None and warning.value < 0.9
-    assert "float16" in warning.detail and "float32" in warning.detail
+    assert warning.value is not None
+    assert warning.value < 0.9
+    assert "float16" in warning.detail
+    assert "float32" in warning.detail
 
 
 def test_a_weak_adapter_in_float32_loses_nothing(weak: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -118,7 +120,7 @@ def test_fails_a_merge_that_took_the_untrained_copy(right_merge: Maker, tmp_path
 
 
 def test_fails_a_delta_that_overflows_float16(right_merge: Maker, bases: dict[str, Path], tmp_path: Path) -> None:
-    adapter = save_adapter(tmp_path / "adapter", bases["llama"], lora(lora_alpha=8_000_000))
+    adapter = save_adapter(tmp_path / "adapter", bases["llama"], lora(lora_alpha=8_000_000_000))
     merged = save_merge(tmp_path / "merged", bases["llama"], adapter, dtype="float16")
     verdict = judge(base=bases["llama"], adapter=adapter, merged=merged, dtype="float16")
     assert _failed(verdict, Layer.STORAGE, "NaN or Inf")

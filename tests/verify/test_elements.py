@@ -1,0 +1,148 @@
+"""The bound on an element: it admits every right float32 computation, and nothing that is two units off."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from runner.checkpoint.layout import SINGLE_FILE, read_checkpoint
+from runner.verify.elements import Stored, compare_touched, compare_untouched, same_exact
+from runner.verify.exact import ExactLowRank, ExactStored
+from runner.verify.tensors import BLOCK_ELEMENTS, read_rows, round_to, row_blocks, ulp
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def _stored(folder: Path, **tensors: torch.Tensor) -> dict[str, Stored]:
+    folder.mkdir(exist_ok=True, parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / SINGLE_FILE)
+    return {name: Stored(root=folder, info=info) for name, info in read_checkpoint(folder).tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(value=st.floats(min_value=-6e4, max_value=6e4, allow_nan=False))
+@settings(deadline=None)
+def test_ulp_is_the_distance_to_the_next_number(dtype: str, value: float) -> None:
+    stored = torch.tensor([value]).to(DTYPES[dtype])
+    away = torch.full_like(stored, math.copysign(math.inf, float(stored[0])))
+    distance = (torch.nextafter(stored, away).double() - stored.double()).abs()
+    assert float(ulp(stored.double(), dtype)[0]) == float(distance[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounding_is_to_nearest_even(dtype: str) -> None:
+    numbers = torch.tensor([1.0, 2.0, 3.0]).to(DTYPES[dtype]).double()
+    unit = ulp(numbers, dtype)
+    assert torch.equal(round_to(numbers + 0.49 * unit, dtype).double(), numbers)
+    assert torch.equal(round_to(numbers + 0.5 * unit, dtype).double(), numbers)
+    assert torch.equal(round_to(numbers + 0.51 * unit, dtype).double(), numbers + unit)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, BLOCK_ELEMENTS), (2 * BLOCK_ELEMENTS + 1, 1), (0, 4), (5, 3, 2)])
+def test_blocks_cover_every_row_once(shape: tuple[int, ...]) -> None:
+    rows = [row for start, stop in row_blocks(shape) for row in range(start, stop)]
+    assert rows == list(range(shape[0] if shape else 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 16, 512])
+@pytest.mark.parametrize("strength", [1e-4, 1e-2, 1.0])
+def test_admits_a_merge_computed_in_float32(tmp_path: Path, dtype: str, rank: int, strength: float) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    plain = torch.randn(96, 80, generator=generator).bfloat16()
+    a, b = torch.randn(rank, 80, generator=generator), strength * torch.randn(96, rank, generator=generator)
+    scaling = 16 / math.sqrt(rank) / 3
+    right = (plain.float() + (b @ a) * scaling).to(DTYPES[dtype])
+    base = _stored(tmp_path / "base", w=plain)["w"]
+    exact = ExactLowRank(base=base.rows, shape=(96, 80), a=a, b=b, scaling=scaling)
+    result = compare_touched(_stored(tmp_path / "right", w=right)["w"], exact, base)
+    assert result.violations == 0
+    for steps in (2, -2):
+        wrong = right.clone()
+        bits = wrong.view(torch.int32 if dtype == "F32" else torch.int16)
+        bits[5, 6] += steps if dtype != "F32" else 1000 * steps
+        result = compare_touched(_stored(tmp_path / "wrong", w=wrong)["w"], exact, base)
+        assert result.violations == 1
+        assert result.worst is not None
+        assert result.worst.index == (5, 6)
+        assert "w[5, 6]" in str(result.worst)
+
+
+def test_a_weight_that_must_be_zero_may_not_be_anything_else(tmp_path: Path) -> None:
+    base = _stored(tmp_path / "base", w=torch.zeros(2, 2).bfloat16())["w"]
+    exact = ExactLowRank(base=base.rows, shape=(2, 2), a=torch.ones(1, 2), b=torch.zeros(2, 1), scaling=1.0)
+    found = _stored(tmp_path / "found", w=torch.tensor([[0.0, 0.0], [1e-30, 0.0]]).bfloat16())["w"]
+    assert compare_touched(base, exact, base).violations == 0
+    assert compare_touched(found, exact, base).violations == 1
+
+
+def test_reports_retention_and_size_of_the_delta(tmp_path: Path) -> None:
+    plain = torch.ones(8, 8).bfloat16()
+    base = _stored(tmp_path / "base", w=plain)["w"]
+    a, b = torch.ones(1, 8), torch.full((8, 1), 0.25)
+    exact = ExactLowRank(base=base.rows, shape=(8, 8), a=a, b=b, scaling=1.0)
+    found = _stored(tmp_path / "half", w=plain + 0.125)["w"]
+    result = compare_touched(found, exact, base)
+    assert result.retention == pytest.approx(0.5)
+    assert result.delta_ratio == pytest.approx(0.25)
+    assert result.violations == 64
+
+
+def test_an_untouched_tensor_may_not_even_change_the_sign_of_zero(tmp_path: Path) -> None:
+    base = _stored(tmp_path / "base", w=torch.zeros(4, 4).bfloat16())["w"]
+    changed = torch.zeros(4, 4).bfloat16()
+    changed[2, 3] = -0.0
+    result = compare_untouched(_stored(tmp_path / "found", w=changed)["w"], base)
+    assert result.violations == 1
+    assert result.worst is not None
+    assert result.worst.index == (2, 3)
+
+
+def test_an_untouched_tensor_keeps_the_base_own_nan(tmp_path: Path) -> None:
+    values = torch.tensor([1.0, math.nan, math.inf])
+    base = _stored(tmp_path / "base", w=values.bfloat16())["w"]
+    assert compare_untouched(base, base).violations == 0
+    cast = compare_untouched(_stored(tmp_path / "cast", w=values.half())["w"], base)
+    assert (cast.violations, cast.new_non_finite) == (0, 0)
+
+
+def test_a_cast_that_overflows_is_told(tmp_path: Path) -> None:
+    base = _stored(tmp_path / "base", w=torch.tensor([1e5]).bfloat16())["w"]
+    result = compare_untouched(_stored(tmp_path / "cast", w=torch.tensor([math.inf]).half())["w"], base)
+    assert (result.violations, result.new_non_finite) == (0, 1)
+
+
+def test_integers_are_compared_as_they_are(tmp_path: Path) -> None:
+    base = _stored(tmp_path / "base", w=torch.arange(6))["w"]
+    wrong = torch.arange(6)
+    wrong[4] = 7
+    assert compare_untouched(base, base).violations == 0
+    assert compare_untouched(_stored(tmp_path / "found", w=wrong)["w"], base).violations == 1
+
+
+def test_reads_rows_of_scalars_vectors_and_blocks(tmp_path: Path) -> None:
+    tensors = {
+        "s": torch.tensor(3.5),
+        "v": torch.arange(5.0),
+        "m": torch.arange(12.0).view(4, 3),
+        "e": torch.zeros(0, 3),
+    }
+    stored = _stored(tmp_path, **tensors)
+    assert read_rows(tmp_path, stored["s"].info, 0, 1).tolist() == [3.5]
+    assert read_rows(tmp_path, stored["v"].info, 2, 4).tolist() == [2.0, 3.0]
+    assert read_rows(tmp_path, stored["m"].info, 1, 3).tolist() == [[3.0, 4.0, 5.0], [6.0, 7.0, 8.0]]
+    assert read_rows(tmp_path, stored["e"].info, 0, 0).shape == (0, 3)
+
+
+def test_exact_weights_are_equal_only_in_every_element(tmp_path: Path) -> None:
+    stored = _stored(tmp_path, a=torch.ones(3, 3), b=torch.ones(3, 3), c=torch.eye(3), d=torch.ones(3, 4))
+    exact = {name: ExactStored(one.root, one.info) for name, one in stored.items()}
+    assert same_exact(exact["a"], exact["b"])
+    assert not same_exact(exact["a"], exact["c"])
+    assert not same_exact(exact["a"], exact["d"])
