@@ -1,0 +1,48 @@
+"""Wrong merges of a real model fail, each with its reason; each judgement is `mode: verify` as a process."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runner.verify.verdict import Layer
+from tests.real.conftest import STRONG, WEAK, verify
+from tests.verify import faults
+
+pytestmark = [pytest.mark.real_model, pytest.mark.slow]
+
+HARD = {
+    "not applied": faults.damage_adapter_not_applied,
+    "scale × 1.02": faults.damage_scale,
+    "one tensor skipped": faults.damage_tensor_skipped,
+    "one layer skipped": faults.damage_layer_skipped,
+    "applied twice": faults.damage_applied_twice,
+    "rsLoRA read as LoRA": faults.damage_wrong_scaling_rule,
+    "merged into an int8 base": faults.damage_int8_base,
+    "two rows swapped": faults.damage_rows_swapped,
+    "one mantissa bit": faults.damage_mantissa_bit,
+    "a tensor zeroed": faults.damage_tensor_zeroed,
+    "a missing shard": faults.damage_missing_shard,
+}
+CASES = [(STRONG, name) for name in HARD] + [
+    (WEAK, name) for name in ("not applied", "scale × 1.02", "one tensor skipped", "one mantissa bit")
+]
+
+
+@pytest.mark.parametrize("adapter,name", CASES, ids=[f"{adapter.name}-{name}" for adapter, name in CASES])
+def test_a_wrong_merge_fails_with_the_right_reason(
+    adapter: Path, name: str, base: Path, merged: Callable[[Path, str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(merged(adapter, "auto"), tmp_path / "bad")
+    diagnosis = HARD[name](folder, base, adapter)
+
+    code, report = verify(base, adapter, folder, tmp_path, "auto")
+
+    assert code == 8
+    assert report["outputs"]["verified"] == "false"
+    failed = [check for check in report["verdict"]["checks"] if check["outcome"] == "FAIL"]
+    told = [f"{check['name']} {check['detail']}" for check in failed if Layer(check["layer"]) is diagnosis.layer]
+    assert any(diagnosis.names in text for text in told), failed
