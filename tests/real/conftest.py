@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from demo.smollm2 import build
 from runner.merge import merge
@@ -22,7 +23,10 @@ STRONG, WEAK = ROOT / "demo" / "adapter", ROOT / "demo" / "adapter-weak"
 
 @pytest.fixture(scope="session")
 def base() -> Path:
-    return build(ROOT / ".demo" / "smollm2", cache=ROOT / ".demo" / "cache")
+    folder = ROOT / ".demo"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "build.lock"):  # the workers of one test run share the checkpoint
+        return build(folder / "smollm2", cache=folder / "cache")
 
 
 @pytest.fixture(scope="session")
