@@ -168,18 +168,12 @@ class Report:
         return sum(counts) if counts else None
 
     def _end_to_end_error(self) -> float | None:
-        # An error has an upper limit; a check that passed above its limit (the power of the prompts) is none.
-        return _largest([check.value for check in self._judged(Layer.END_TO_END) if not _passed_above_limit(check)])
+        checks = self._judged(Layer.END_TO_END)
+        return _largest([check.value for check in checks if check.limit is not None])  # what has none is no error
 
     def _judged(self, layer: Layer) -> list[Check]:
         checks = self.verdict.checks if self.verdict else ()
         return [check for check in checks if check.layer is layer and check.outcome in (Outcome.PASS, Outcome.FAIL)]
-
-
-def _passed_above_limit(check: Check) -> bool:
-    if check.value is None or check.limit is None:
-        return False
-    return check.outcome is Outcome.PASS and check.value > check.limit
 
 
 def _largest(values: Sequence[float | None]) -> float | None:

@@ -150,12 +150,11 @@ class _Job:
             f"Commit {commit} on {BRANCH} of {self.repo_id} holds the whole release; {self._tagless(tagged)}."
         )
         self._tag(commit, tagged)
-        url = self.hub.url(self.repo_id, self.tag)
         return Release(
             repo_id=self.repo_id,
             tag=self.tag,
             commit=commit,
-            url=url,
+            url=self.hub.url(self.repo_id, self.tag),
             created=True,
             status=self.status,
             merged_digest=self.contents.merged_digest,
@@ -169,9 +168,7 @@ class _Job:
         except AccessDenied:
             self.standing = ""  # a clear refusal
             raise
-        self.standing = (
-            f"The {kind} repository {self.repo_id} was created; it holds nothing of this release, and no tag."
-        )
+        self.standing = f"The {kind} repository {self.repo_id} was created; it holds nothing of this release, no tag."
         self._log(f"Created the {kind} repository {self.repo_id}.")
 
     def _commit(self, head: str, before: Tree, manifest: Mapping[str, Any] | None) -> str:

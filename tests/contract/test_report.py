@@ -63,7 +63,7 @@ VERDICT = Verdict(
         Check(layer=Layer.SEMANTICS, name="probes", outcome=Outcome.PASS, value=3.8e-13, limit=1e-6),
         Check(layer=Layer.END_TO_END, name="un-rounded", outcome=Outcome.PASS, value=3.1e-6, limit=1e-4),
         Check(layer=Layer.END_TO_END, name="loaded", outcome=Outcome.PASS, value=1e-7, limit=1e-4),
-        Check(layer=Layer.END_TO_END, name="power of the prompts", outcome=Outcome.PASS, value=0.5, limit=1e-3),
+        Check(layer=Layer.END_TO_END, name="power of the prompts", outcome=Outcome.PASS, value=0.5),
     ),
     modules=tuple(
         ModuleRow(name=f"layers.{n}.q_proj", tensor="t", probe_error=n * 1e-13, delta_ratio=0.02, retention=0.99)
