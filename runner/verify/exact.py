@@ -4,17 +4,21 @@
 With u = 2^-24 (half an ulp of float32 in relative terms) and the standard bound for a dot product of r terms in any
 order, fused or not:
 
-    |fl(Σ b·a) − Σ b·a| <= r·u·Σ|b||a|      the product B·A
+    |fl(Σ b·a) − Σ b·a| <= r·u·Σ|b||a|      the product B·A, always
+                        <= 8·√r·u·Σ|b||a|   with probability 1 − 2·exp(−32) per element (Higham and Mary, 2019)
     two more u·|s|·Σ|b||a|                  the scaling factor as float32, and the multiplication by it
     u·|E|                                   the sum W + Δ as float32, before it is rounded to 16 bits
 
-so noise = u·((r + 2)·|s|·Σ|b||a| + |E|), and without the last term when the output itself is float32: there it is the
-one rounding that the half ulp stands for. It scales with what was accumulated, so it neither flags a right merge of
-high rank nor hides a wrong one: for bf16 it is a few thousandths of an ulp.
+so noise = u·((min(r, 8√r) + 2)·|s|·Σ|b||a| + |E|), and without the last term when the output itself is float32: there
+it is the one rounding that the half ulp stands for. It scales with what was accumulated, so it neither flags a right
+merge of high rank nor hides a wrong one: in 16 bits it is a small part of an ulp. In float32 it is about one ulp at
+rank 16, and some ulp at rank 64 or where W and Δ cancel: a change of one element by that much cannot be told from
+arithmetic.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -61,7 +65,7 @@ class ExactLowRank:
     def noise(self, start: int, stop: int, *, output_is_float32: bool) -> torch.Tensor:
         """Return the bound of the module's docstring."""
         rank = self._a.shape[0]
-        bound = (rank + 2) * abs(self._scaling) * (self._b[start:stop].abs() @ self._a.abs())
+        bound = (min(rank, 8 * math.sqrt(rank)) + 2) * abs(self._scaling) * (self._b[start:stop].abs() @ self._a.abs())
         if not output_is_float32:
             bound += self.rows(start, stop).abs()
         return UNIT * bound

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from runner.checkpoint.layout import Checkpoint, read_checkpoint
 from runner.errors import CheckpointError
-from runner.verify.models import Loaded, Unmerged, load_base, load_unmerged, read_blueprint
+from runner.verify.models import Unmerged, load_base, load_unmerged, read_blueprint
 from runner.verify.modules import LIMIT, Probe, probe_modules
 from runner.verify.outputs import judge_outputs
 from runner.verify.prompts import make_questions
@@ -50,7 +50,6 @@ class _Case:
     base: Checkpoint
     adapter: Path
     merged: Checkpoint
-    loaded: Loaded
     unmerged: Unmerged
     sources: Sources
     targets: Targets
@@ -133,7 +132,7 @@ def _prepare(base: Checkpoint, adapter: Path, merged: Checkpoint, dtype: str) ->
     recipe = read_recipe(adapter, list(blueprint.keys))
     rows = resized_rows(recipe, blueprint)
     loaded = load_base(base.root, rows)
-    unmerged = load_unmerged(loaded.model, adapter, recipe.redundant)
+    unmerged = load_unmerged(loaded, adapter, recipe.redundant)
     sources = Sources(base=base, blueprint=blueprint, recipe=recipe, unmerged=unmerged)
     targets = find_targets(sources, base=base, blueprint=blueprint, dtype=dtype)
     form = Form(
@@ -148,7 +147,6 @@ def _prepare(base: Checkpoint, adapter: Path, merged: Checkpoint, dtype: str) ->
         base=base,
         adapter=adapter,
         merged=merged,
-        loaded=loaded,
         unmerged=unmerged,
         sources=sources,
         targets=targets,
@@ -177,7 +175,6 @@ def _judge_case(
         case.merged.root, rows=_embedding_rows(case), max_tokens=_max_tokens(case), prompts=prompts, seed=seed
     )
     outputs = judge_outputs(
-        base=case.loaded,
         unmerged=case.unmerged,
         merged=case.merged.root,
         sources=case.sources,
@@ -185,6 +182,7 @@ def _judge_case(
         questions=questions,
         retention=storage.retention,
         device=device,
+        on_progress=lambda share: say("end to end", 0.4 + 0.6 * share),
     )
     findings.checks.extend(outputs.checks)
     findings.quality, findings.continuations = outputs.quality, outputs.continuations
@@ -263,7 +261,7 @@ def _embedding_rows(case: _Case) -> int:
 
 
 def _max_tokens(case: _Case) -> int:
-    limit = getattr(case.loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(case.unmerged.base.model.config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else 1 << 20
 
 

@@ -85,12 +85,14 @@ class Unmerged:
     """The base with the adapter on it: the reference.
 
     Attributes:
+        base: what loading the base reported.
         model: PEFT's model, float32 base, the adapter in float32 (which holds every stored adapter dtype exactly).
         units: outermost modules that PEFT put in place of the base's, by their path in the base model.
         unplaced: adapter tensors that PEFT has no place for.
         altered: adapter tensors whose values in the model are not those in the file.
     """
 
+    base: Loaded
     model: PeftModel
     units: Mapping[str, nn.Module]
     unplaced: tuple[str, ...]
@@ -154,11 +156,11 @@ def load_folder(root: Path) -> Loaded:
     )
 
 
-def load_unmerged(base: PreTrainedModel, adapter: Path, redundant: Sequence[str]) -> Unmerged:
+def load_unmerged(base: Loaded, adapter: Path, redundant: Sequence[str]) -> Unmerged:
     """Return the adapter on the base (which becomes part of it), as PEFT loads it.
 
     Args:
-        base: float32, on the CPU.
+        base: on the CPU.
         adapter: the adapter's folder.
         redundant: adapter tensors that only repeat others, which PEFT may leave aside.
 
@@ -167,7 +169,7 @@ def load_unmerged(base: PreTrainedModel, adapter: Path, redundant: Sequence[str]
     """
     try:
         with quiet():
-            model = PeftModel.from_pretrained(base, str(adapter), low_cpu_mem_usage=False, torch_device="cpu")
+            model = PeftModel.from_pretrained(base.model, str(adapter), low_cpu_mem_usage=False, torch_device="cpu")
             weights = load_peft_weights(str(adapter), device="cpu")
             # PEFT does not hand out what it could not place, so it is asked once more; this changes no value.
             result = set_peft_model_state_dict(model, weights)
@@ -186,6 +188,7 @@ def load_unmerged(base: PreTrainedModel, adapter: Path, redundant: Sequence[str]
         if name in placed and not torch.equal(placed[name].to(torch.float64), tensor.to(torch.float64))
     ]
     return Unmerged(
+        base=base,
         model=model,
         units=_units(model),
         unplaced=tuple(sorted(unexpected - set(redundant))),

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +53,6 @@ class Outputs:
 
 def judge_outputs(
     *,
-    base: Loaded,
     unmerged: Unmerged,
     merged: Path,
     sources: Sources,
@@ -61,11 +60,11 @@ def judge_outputs(
     questions: Questions,
     retention: float,
     device: str,
+    on_progress: Callable[[float], None],
 ) -> Outputs:
     """Run the models and compare.
 
     Args:
-        base: what loading the base reported.
         unmerged: the reference; runs on `device` and is back on the CPU afterwards.
         merged: the merged folder.
         sources: E of every touched parameter.
@@ -73,6 +72,7 @@ def judge_outputs(
         questions: what to run.
         retention: overall, for the quality figures.
         device: "cpu" or "cuda".
+        on_progress: told the share of this layer that is done.
     """
     try:
         loaded = load_folder(merged)
@@ -80,16 +80,19 @@ def judge_outputs(
         return Outputs(
             checks=(_check("plain transformers loads the folder", first_line(error)),), quality=None, continuations=()
         )
-    checks = [_loading(base, loaded)]
+    checks = [_loading(unmerged.base, loaded)]
     model = loaded.model.to(device)
     unmerged.model.to(device)
     try:
         tally, kept = _compare(unmerged, model, questions)
+        on_progress(0.5)
         continuations = _continue(unmerged, model, questions)
+        on_progress(0.7)
         unmerged.model.to("cpu")
         gc.collect()
         put = _fill(model, sources, targets, rounded=True)
         checks.append(_worst("the folder computes what round(E) computes", model, kept.merged, questions, put))
+        on_progress(0.85)
         put = _fill(model, sources, targets, rounded=False)
         checks.append(
             _worst(
@@ -250,8 +253,8 @@ def _power(effect: float) -> Check:
         name="the prompts can see the adapter",
         outcome=Outcome.WARN if weak else Outcome.PASS,
         value=effect,
-        detail=f"No power: the adapter moves the logits by less than {NO_POWER:g}, so this layer cannot tell a merge from "
-        "the base; storage and semantics can, and do."
+        detail=f"No power: the adapter moves the logits by less than {NO_POWER:g}, so this layer cannot tell a merge "
+        "from the base; storage and semantics can, and do."
         if weak
         else "",
     )

@@ -32,7 +32,7 @@ def _probes(base: Path, adapter: Path, change: Change | None = None) -> list[Pro
     checkpoint = read_checkpoint(base)
     blueprint = read_blueprint(base, list(checkpoint.tensors))
     recipe = read_recipe(adapter, list(blueprint.keys))
-    unmerged = load_unmerged(load_base(base, resized_rows(recipe, blueprint)).model, adapter, recipe.redundant)
+    unmerged = load_unmerged(load_base(base, resized_rows(recipe, blueprint)), adapter, recipe.redundant)
     if change is not None:
         recipe = _changed(recipe, change)
     sources = Sources(base=checkpoint, blueprint=blueprint, recipe=recipe, unmerged=unmerged)
@@ -102,7 +102,7 @@ def test_scaling_follows_pefts_own_layers(right_merge: Maker) -> None:
     for variant in ("lora", "rslora", "patterns"):
         base, adapter, _ = right_merge(variant)
         config = json.loads((adapter / "adapter_config.json").read_bytes())
-        unmerged = load_unmerged(load_base(base, None).model, adapter, ())
+        unmerged = load_unmerged(load_base(base, None), adapter, ())
         for path, unit in unmerged.units.items():
             layer = getattr(unit, "scaling")  # noqa: B009  (a Module's attributes are tensors or modules to mypy)
             assert scaling_of(path, config) == layer["default"]
