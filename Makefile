@@ -21,6 +21,8 @@ CODE := $(wildcard entrypoint.py runner tests demo bench tools)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
+# Threads that spin while they wait make two test workers on two cores many times slower.
+export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check fix lock image bench clean

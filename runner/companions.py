@@ -22,7 +22,15 @@ TOKENIZER_FILES = frozenset(
     """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt
     tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json""".split()
 )
-TOKENIZER_MARKS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# A tokenizer of one's own means a vocabulary; a lone tokenizer_config.json is a leftover of the training.
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt", ".pkl", ".npz")
 LEFT_BEHIND = frozenset({"README.md", ".gitattributes", ".gitignore", INDEX_FILE, "adapter_config.json"})
 MAX_COMPANION_BYTES = 200_000_000
@@ -75,7 +83,7 @@ def find_companions(base: Path, adapter: Path, config_edits: Mapping[str, Any]) 
         config_edits: keys of config.json to change (nested text configs follow where they hold the key).
     """
     found = {path: base / path for path in _files(base) if _comes_along(base, path)}
-    if any((adapter / name).is_file() for name in TOKENIZER_MARKS):
+    if any((adapter / name).is_file() for name in VOCABULARIES):
         found = {path: source for path, source in found.items() if path not in TOKENIZER_FILES}
         found |= {name: adapter / name for name in TOKENIZER_FILES if (adapter / name).is_file()}
     return tuple(

@@ -33,6 +33,7 @@ OFFLINE = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "PYTHONUNBUFFERED": "1",
+    "OMP_WAIT_POLICY": "passive",  # on shared cores, threads that spin made a judgement ten times slower
 }
 STOP_GRACE_S = 3.0
 LAST_LINES = 20

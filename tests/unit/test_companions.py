@@ -59,6 +59,16 @@ def test_the_adapters_tokenizer_replaces_the_whole_of_the_bases(tmp_path: Path) 
     assert "chat_template.jinja" not in found  # half of each would be a third tokenizer
 
 
+def test_a_tokenizer_config_without_a_vocabulary_is_not_a_tokenizer(tmp_path: Path) -> None:
+    base = _write(tmp_path / "base", BASE)
+    adapter = _write(tmp_path / "adapter", {"tokenizer_config.json": "mine"})
+
+    found = {companion.path: companion for companion in find_companions(base, adapter, {})}
+
+    assert found["tokenizer.json"].source == base / "tokenizer.json"
+    assert found["tokenizer_config.json"].source == base / "tokenizer_config.json"
+
+
 def test_edits_keep_order_and_everything_else() -> None:
     content = b'{"z": 1, "tie_word_embeddings": true, "text_config": {"tie_word_embeddings": true, "a": 2}}'
 
