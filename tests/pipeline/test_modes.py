@@ -234,3 +234,32 @@ def test_a_worker_that_is_killed_is_told_with_its_signal(action: Action, base: P
 
     assert process.returncode == 6, log
     assert "SIGKILL" in log
+
+
+def test_the_worker_ends_with_its_supervisor_even_when_that_is_killed(
+    action: Action, base: Path, adapter: Path
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "entrypoint.py"), *_flags(base, adapter, _target(action))],
+        cwd=action.folder, env=os.environ | action.hub.env(action.token), stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("Plan"):
+            break
+    (worker,) = _children(process.pid)
+
+    process.kill()
+    process.wait()
+
+    deadline = time.monotonic() + 10
+    while _is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _is_running(worker)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
