@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.peft_model import PeftModelForCausalLM, PeftModelForSeq2SeqLM
 from peft.utils.save_and_load import set_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
@@ -31,21 +30,9 @@ from runner.base_model import first_line, open_base
 from runner.checkpoint.layout import Checkpoint
 from runner.checkpoint.names import StoredNames
 from runner.errors import AdapterMismatch, UnsupportedAdapter
+from runner.methods import LAZY_LORA_INITS, LAZY_METHODS, TASK_CLASSES
 
 ADAPTER_NAME = "default"
-# Methods that do not look at the base's values when they are attached. All others get the base in float32 in
-# memory, because what they derive from it (norms, principal directions) must not be derived from rounded values.
-LAZY_METHODS = frozenset(
-    """LORA ADALORA LOHA LOKR IA3 OFT BOFT VERA PVERA FOURIERFT WAVEFT HRA VBLORA MISS RANDLORA ROAD SHIRA C3A GRALORA
-    LN_TUNING TRAINABLE_TOKENS""".split()
-)
-LAZY_LORA_INITS = (True, False, "gaussian", "orthogonal", "eva", None)
-TASK_CLASSES: Mapping[str | None, type[PeftModel]] = {
-    "CAUSAL_LM": PeftModelForCausalLM,
-    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
-    "FEATURE_EXTRACTION": PeftModel,
-    None: PeftModel,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

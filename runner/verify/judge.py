@@ -16,7 +16,8 @@ from pathlib import Path
 
 from runner.checkpoint.layout import Checkpoint, read_checkpoint
 from runner.errors import CheckpointError
-from runner.verify.models import Unmerged, load_base, load_unmerged, read_blueprint
+from runner.verify.blueprint import read_blueprint
+from runner.verify.models import Unmerged, load_base, load_unmerged
 from runner.verify.modules import LIMIT, Probe, probe_modules
 from runner.verify.outputs import judge_outputs
 from runner.verify.prompts import make_questions

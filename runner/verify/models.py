@@ -23,9 +23,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from runner.checkpoint.names import map_names
 from runner.errors import AdapterMismatch, BrokenCheckpoint
 
 # What transformers, safetensors and torch raise for a folder that they cannot load.
@@ -40,27 +39,6 @@ LOAD_ERRORS = (
     AssertionError,
     SafetensorError,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Blueprint:
-    """A model class without weights.
-
-    Attributes:
-        keys: shapes by key of its state dict.
-        stored: key → the one stored tensor that it is; keys made from several stored tensors are left out.
-        converted: keys that transformers computes from several stored tensors.
-        ties: key → key of the parameter that it shares, as the base's config has it.
-        transposed: modules whose weight is stored as (in, out).
-        embeddings: modules that look rows up.
-    """
-
-    keys: Mapping[str, tuple[int, ...]]
-    stored: Mapping[str, str]
-    converted: frozenset[str]
-    ties: Mapping[str, str]
-    transposed: frozenset[str]
-    embeddings: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,30 +77,6 @@ class Unmerged:
     altered: tuple[str, ...]
 
 
-def read_blueprint(root: Path, names: Sequence[str]) -> Blueprint:
-    """Return the blueprint of the checkpoint in `root`, whose stored tensors are `names`; reads config.json only.
-
-    Raises:
-        BrokenCheckpoint: transformers cannot build the model class.
-    """
-    try:
-        config = AutoConfig.from_pretrained(str(root), trust_remote_code=False)
-        with torch.device("meta"), quiet():
-            model = _model_class(root)._from_config(config)
-    except LOAD_ERRORS as error:
-        raise _unbuildable(error) from error
-    found = map_names(model, names)
-    modules = dict(model.named_modules())
-    return Blueprint(
-        keys={key: tuple(tensor.shape) for key, tensor in model.state_dict().items()},
-        stored=dict(found.renamed),
-        converted=frozenset(found.converted),
-        ties=dict(model.all_tied_weights_keys),
-        transposed=frozenset(path for path, module in modules.items() if is_transposed(module)),
-        embeddings=frozenset(path for path, module in modules.items() if isinstance(module, nn.Embedding)),
-    )
-
-
 def load_base(root: Path, rows: int | None) -> Loaded:
     """Return the base in float32.
 
@@ -138,14 +92,14 @@ def load_base(root: Path, rows: int | None) -> Loaded:
         if rows is not None:
             loaded.model.resize_token_embeddings(rows, mean_resizing=False)
     except LOAD_ERRORS as error:
-        raise _unbuildable(error) from error
+        raise unbuildable(error) from error
     return loaded
 
 
 def load_folder(root: Path) -> Loaded:
     """Return the folder as plain transformers loads it, in float32. Raises whatever it raises (`LOAD_ERRORS`)."""
     with quiet():
-        model, info = _model_class(root).from_pretrained(
+        model, info = model_class(root).from_pretrained(
             str(root), dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False
         )
     return Loaded(
@@ -276,7 +230,7 @@ def _units(model: PeftModel) -> dict[str, nn.Module]:
     return units
 
 
-def _model_class(root: Path) -> Any:
+def model_class(root: Path) -> Any:
     """Return the class that config.json names, where transformers has it; else the one for causal models."""
     config = json.loads((root / "config.json").read_bytes())
     name = next(iter(config.get("architectures") or ()), "")
@@ -285,7 +239,8 @@ def _model_class(root: Path) -> Any:
     return found if is_model else AutoModelForCausalLM
 
 
-def _unbuildable(error: BaseException) -> BrokenCheckpoint:
+def unbuildable(error: BaseException) -> BrokenCheckpoint:
+    """Return the error for a base that transformers refused with `error`."""
     return BrokenCheckpoint(
         f"transformers cannot load the base: {first_line(error)}",
         why="Its config.json and weights do not make a model that this version of transformers knows.",

@@ -14,9 +14,10 @@ import torch
 
 from runner.checkpoint.layout import Checkpoint
 from runner.errors import UnsupportedAdapter
+from runner.verify.blueprint import Blueprint
 from runner.verify.elements import Stored, same_exact
 from runner.verify.exact import Exact, ExactFromPeft, ExactShift, ExactStored, ReadRows, low_rank
-from runner.verify.models import LOAD_ERRORS, Blueprint, Unmerged, bare, base_values, first_line, merged_copy
+from runner.verify.models import LOAD_ERRORS, Unmerged, bare, base_values, first_line, merged_copy
 from runner.verify.recipe import Copy, LowRank, Recipe, Rule, Shift
 from runner.verify.tensors import DTYPE_NAMES, FLOATS, read_tensor, row_blocks
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from runner.checkpoint.layout import read_checkpoint
 from runner.errors import AdapterMismatch, BrokenAdapter, BrokenCheckpoint
+from runner.verify.blueprint import read_blueprint
 from runner.verify.judge import judge
-from runner.verify.models import load_base, load_unmerged, read_blueprint
+from runner.verify.models import load_base, load_unmerged
 from runner.verify.modules import LIMIT, Probe, probe_modules
 from runner.verify.recipe import Copy, LowRank, Recipe, Rule, Shift, read_recipe, scaling_of
 from runner.verify.targets import Sources, resized_rows
