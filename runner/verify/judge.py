@@ -19,7 +19,7 @@ from runner.errors import CheckpointError
 from runner.verify.blueprint import read_blueprint
 from runner.verify.models import Unmerged, load_base, load_unmerged
 from runner.verify.modules import LIMIT, Probe, probe_modules
-from runner.verify.outputs import judge_outputs
+from runner.verify.outputs import NEW_TOKENS, judge_outputs
 from runner.verify.prompts import make_questions
 from runner.verify.recipe import read_recipe
 from runner.verify.storage import Storage, compare_storage, judge_storage
@@ -262,8 +262,10 @@ def _embedding_rows(case: _Case) -> int:
 
 
 def _max_tokens(case: _Case) -> int:
-    limit = getattr(case.unmerged.base.model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else 1 << 20
+    """Return how long a prompt may be so that its continuation fits, too; windows have several names in configs."""
+    config = case.unmerged.base.model.config.get_text_config()
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=1 << 20) - NEW_TOKENS
 
 
 def _wanted(target: Target) -> Wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ def save_adapter(
     change: Callable[[torch.nn.Module], None] | None = None,
 ) -> Path:  # fmt: skip
     """Put a random adapter of `config` on the base, as training would leave it, and save it with PEFT."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    architecture = json.loads((base / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, architecture).from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(seed)
     peft_model = get_peft_model(model, config)
     with torch.no_grad():

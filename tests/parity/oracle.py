@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from runner.checkpoint.names import map_names
 
@@ -37,6 +38,21 @@ def peft_merge(base: Path, adapter: Path, *, untie: bool = False) -> dict[str, t
     if untie or (config.tie_word_embeddings and not model.config.tie_word_embeddings):
         stored |= {key: state[key] for key in model._tied_weights_keys if key not in names}
     return stored
+
+
+def saved_merge(base: Path, adapter: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """Return stored name → float32 tensor as PEFT merges it and transformers saves it, through `folder`."""
+    torch.set_num_threads(1)
+    model = PeftModel.from_pretrained(load(base), adapter)
+    model.merge_and_unload(safe_merge=False).save_pretrained(folder)
+    return read_folder(folder)
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """Return the model of the class that config.json names, in float32."""
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model: PreTrainedModel = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32)
+    return model
 
 
 def read_folder(folder: Path) -> dict[str, torch.Tensor]:
