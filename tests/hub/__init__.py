@@ -2,7 +2,7 @@
 
 Covered: whoami, create, delete, info, auth-check, card validation, preupload, LFS (basic and multipart), commits with
 `parentCommit`, tags, branches, refs, trees, resolve with redirects to another host and ranges; accounts with read,
-write and fine-grained tokens; injected faults.
+write and fine-grained tokens; rate limits; faults by rule (`tests.hub.faults`), resets of the connection included.
 Not covered: Xet (its token routes answer 404, so clients run with `HF_HUB_DISABLE_XET=1`), pull requests, datasets,
 spaces, OIDC, renames.
 

@@ -91,9 +91,9 @@ class Accounts:
         return text
 
     def revoke(self, text: str) -> None:
-        """Forget a token."""
+        """Forget a token, if it is known."""
         with self._lock:
-            self._tokens.pop(_digest(text))
+            self._tokens.pop(_digest(text), None)
             self._save()
 
     def identify(self, authorization: str | None) -> Token | None:

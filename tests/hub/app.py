@@ -1,16 +1,14 @@
-"""The ASGI application: routes on the raw path, faults, and the log of what was asked."""
+"""The ASGI application: one exchange from request to answer, with the faults and the log of what was asked."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from urllib.parse import unquote
 
-from tests.hub import api, commits, lfs, listing, refusals, resolve
-from tests.hub.faults import Fault
+from tests.hub import refusals
+from tests.hub.faults import Kind, Rule
 from tests.hub.protocol import (
     ClientGoneError,
     Message,
@@ -18,60 +16,13 @@ from tests.hub.protocol import (
     Request,
     Response,
     Send,
-    drop_connection,
     refusal_answer,
+    send_half,
     send_response,
 )
+from tests.hub.routes import Route, find_route
 from tests.hub.state import Exchange, State
-
-Handler = Callable[[State, Request, Mapping[str, str]], Awaitable[Response]]
-Route = tuple[Handler, dict[str, str]]
-
-_REPO = r"(?P<repo>[^/]+/[^/]+)"
-_MODEL = rf"/api/models/{_REPO}"
-_REV = r"(?P<rev>[^/]+)"
-_LFS = rf"/{_REPO}\.git/info/lfs"
-
-# The first match wins. Groups are matched while still encoded, so that a tag such as v1/beta stays one segment.
-_API: tuple[tuple[str, str, Handler], ...] = (
-    ("GET", r"/api/whoami-v2", api.whoami),
-    ("POST", r"/api/repos/create", api.create),
-    ("DELETE", r"/api/repos/delete", api.delete),
-    ("POST", r"/api/validate-yaml", commits.validate_yaml),
-    ("POST", r"/api/complete_multipart", lfs.complete),
-    ("GET", _MODEL, api.info),
-    ("GET", rf"{_MODEL}/revision/{_REV}", api.info),
-    ("GET", rf"{_MODEL}/auth-check", api.auth_check),
-    ("GET", rf"{_MODEL}/auth-check/write", api.auth_check_write),
-    ("POST", rf"{_MODEL}/preupload/{_REV}", commits.preupload),
-    ("POST", rf"{_MODEL}/commit/{_REV}", commits.commit),
-    ("POST", rf"{_MODEL}/tag/{_REV}", api.create_tag),
-    ("DELETE", rf"{_MODEL}/tag/{_REV}", api.delete_tag),
-    ("POST", rf"{_MODEL}/branch/{_REV}", api.create_branch),
-    ("DELETE", rf"{_MODEL}/branch/{_REV}", api.delete_branch),
-    ("GET", rf"{_MODEL}/refs", api.refs),
-    ("GET", rf"{_MODEL}/tree/{_REV}(?:/(?P<path>.*))?", listing.tree),
-    ("POST", rf"{_MODEL}/paths-info/{_REV}", listing.paths_info),
-    ("GET", rf"{_MODEL}/commits/{_REV}", listing.commits),
-    ("GET", rf"{_MODEL}/xet-(?:read|write)-token/{_REV}", api.xet_token),
-    ("POST", rf"{_LFS}/objects/batch", lfs.batch),
-    ("POST", rf"{_LFS}/objects/verify", lfs.verify),
-    ("GET", rf"/{_REPO}/resolve/{_REV}/(?P<path>.+)", resolve.resolve),
-)
-_BLOB_HOST: tuple[tuple[str, str, Handler], ...] = (
-    ("PUT", r"/blobs/[^/]+", lfs.put_object),
-    ("PUT", r"/parts/[^/]+", lfs.put_part),
-    ("GET", r"/blobs/[^/]+", lfs.get_object),
-)
-
-
-def _route(request: Request, blob_host: str) -> Route | None:
-    method = "GET" if request.method == "HEAD" else request.method
-    for wanted, pattern, handler in _BLOB_HOST if request.host == blob_host else _API:
-        found = re.fullmatch(pattern, request.path) if wanted == method else None
-        if found is not None:
-            return handler, {name: unquote(text) for name, text in found.groupdict().items() if text is not None}
-    return None
+from tests.hub.wire import Connection
 
 
 @dataclass(slots=True)
@@ -82,51 +33,91 @@ class App:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request."""
+        request = Request.of(scope, receive)
+        route = find_route(request, self.state.blob_host)
+        rule = self.state.faults.take(route[0] if route else "", request.method, request.path)
         with contextlib.suppress(ClientGoneError):
-            await self._exchange(Request.of(scope, receive), send)
+            if rule is not None and rule.ends_connection:
+                await self._break(request, route, rule, Connection(scope), send)
+            else:
+                await self._exchange(request, route, rule, send)
 
-    async def _exchange(self, request: Request, send: Send) -> None:
-        route = _route(request, self.state.blob_host)
-        fault = self.state.faults.take(request.method, request.path)
-        if fault is None:
-            response = await self._serve(request, route)
+    async def _exchange(self, request: Request, route: Route | None, rule: Rule | None, send: Send) -> None:
+        request.rule = rule
+        limited = self.state.meter.refusal() if request.path.startswith("/api/") else None
+        if limited is not None:
+            response = refusal_answer(limited)
+        elif rule is not None and rule.kind in (Kind.STATUS, Kind.APPLIED_STATUS):
+            if rule.kind is Kind.APPLIED_STATUS:
+                await self._serve(request, route)
+            response = refusal_answer(_injected(rule))
         else:
-            response = await self._fail(request, route, fault)
+            if rule is not None:
+                await asyncio.sleep(rule.delay_s)
+            response = await self._serve(request, route)
         # A server that answers before it has read the body breaks the connection under the client's hands.
         await request.body()
-        dropped = fault is not None and fault.drop
+        if request.path.startswith("/api/"):
+            response.headers = {**self.state.meter.headers(), **response.headers}
+        self._log(request, route, response)
+        await send_response(response, send, head=request.method == "HEAD")
+
+    async def _break(self, request: Request, route: Route | None, rule: Rule, wire: Connection, send: Send) -> None:
+        """Carry out as much of the exchange as the rule says, and end the connection."""
+        response: Response | None = None
+        if rule.kind is Kind.RESET_IN:
+            await request.read_until(rule.after_bytes)
+        elif rule.kind in (Kind.RESET_AFTER, Kind.SILENT):
+            await request.body()
+        elif rule.kind in (Kind.APPLIED_RESET, Kind.RESET_ANSWER):
+            response = await self._serve(request, route)
+            await request.body()
+        self._log(request, route, None)
+        if rule.kind is Kind.RESET_ANSWER and response is not None:
+            await send_half(response, send)
+        if rule.kind is not Kind.SILENT:
+            await wire.end(orderly=rule.orderly)
+        await request.wait_until_gone()
+
+    def _log(self, request: Request, route: Route | None, response: Response | None) -> None:
+        sent = 0 if response is None or request.method == "HEAD" else response.size_bytes
         self.state.log.append(
             Exchange(
+                endpoint=route[0] if route else "",
                 method=request.method,
                 path=request.path,
                 query=request.query,
-                status=0 if dropped else response.status,
+                status=0 if response is None else response.status,
                 received_bytes=request.received_bytes,
-                sent_bytes=0 if dropped or request.method == "HEAD" else response.size_bytes,
+                sent_bytes=sent,
                 signed_in="authorization" in request.headers,
                 routed=route is not None,
             )
         )
-        if dropped:
-            await drop_connection(send)
-        else:
-            await send_response(response, send, head=request.method == "HEAD")
-
-    async def _fail(self, request: Request, route: Route | None, fault: Fault) -> Response:
-        await asyncio.sleep(fault.delay_s)
-        if fault.status == 0:
-            return await self._serve(request, route)
-        if fault.after_apply:
-            await self._serve(request, route)
-        error = refusals.RefusedError(fault.status, f"Injected fault: {fault.status}", headers=fault.headers)
-        return refusal_answer(error)
 
     async def _serve(self, request: Request, route: Route | None) -> Response:
         try:
             if route is None:
                 self.state.caller(request)
                 raise refusals.RefusedError(404, f"Sorry, we can't find the page you are looking for: {request.path}")
-            handler, names = route
+            name, handler, names = route
+            if request.is_hit(Kind.QUOTA) and name != "lfs-batch":
+                raise refusals.storage_full()
             return await handler(self.state, request, names)
         except refusals.RefusedError as refusal:
             return refusal_answer(refusal)
+
+
+_TEXTS: Mapping[int, str] = {
+    401: "Invalid credentials in Authorization header",
+    403: "Forbidden: you are not allowed to do this.",
+    412: "A commit has happened since. Please refresh and try again.",
+    429: "We had to rate limit you, you hit the quota of api requests.",
+}
+
+
+def _injected(rule: Rule) -> refusals.RefusedError:
+    headers = rule.headers
+    if rule.status == 429 and not headers:
+        headers = {"Retry-After": "1", "RateLimit": '"api";r=0;t=1'}
+    return refusals.RefusedError(rule.status, f"{_TEXTS.get(rule.status, 'Injected fault')}", headers=headers)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.hub import cards, refusals
+from tests.hub.faults import Kind
 from tests.hub.gitobjects import Entry, checked_path, lfs_entry
 from tests.hub.protocol import Request, Response, answer
 from tests.hub.repos import Repository, Tree, stale_parent
@@ -89,6 +90,8 @@ async def commit(state: State, request: Request, names: Mapping[str, str]) -> Re
         rules = _lfs_rules(state, tree)
         for kind, value in changes:
             _apply(state, repo, tree, kind, value, head)
+        if request.rule is not None and request.is_hit(Kind.DAMAGED) and request.rule.file in tree:
+            tree[request.rule.file] = _damaged(state, repo, tree[request.rule.file])
         _refuse_file_as_folder(tree)
         _extend_attributes(state, tree, rules, changes)
         made = repo.add_commit(
@@ -144,8 +147,6 @@ def _small_file(state: State, path: str, value: Mapping[str, Any]) -> Entry:
         raise refusals.bad_request(f"Your push was rejected because {path} is larger than 10 MiB; use LFS")
     if path == "README.md" and (errors := cards.judge(content.decode(errors="replace"))[0]):
         raise refusals.bad_request("Invalid metadata in README.md: " + "; ".join(errors))
-    if state.faults.take_damage(path):
-        content += b"\n"
     return Entry(oid=state.blobs.put_small(content), size_bytes=len(content))
 
 
@@ -159,10 +160,17 @@ def _large_file(state: State, repo: Repository, path: str, value: Mapping[str, A
     size_bytes = state.blobs.large_path(sha256).stat().st_size
     if value.get("size", size_bytes) != size_bytes:
         raise refusals.bad_request(f"The LFS pointer {path} has size {value['size']}, its object {size_bytes}")
-    if state.faults.take_damage(path):
-        sha256 = state.blobs.flipped(sha256)
-        repo.mark_large(sha256)
     return lfs_entry(sha256, size_bytes)
+
+
+def _damaged(state: State, repo: Repository, entry: Entry) -> Entry:
+    """Return the entry of other content than that of `entry`, of the same size where it is large."""
+    if entry.sha256 is None:
+        content = state.blobs.small_path(entry.oid).read_bytes() + b"\n"
+        return Entry(oid=state.blobs.put_small(content), size_bytes=len(content))
+    sha256 = state.blobs.flipped(entry.sha256)
+    repo.mark_large(sha256)
+    return lfs_entry(sha256, entry.size_bytes)
 
 
 def stored(state: State, repo: Repository, path: str, source: Path) -> Entry:

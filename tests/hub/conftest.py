@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 
 from tests.hub.server import LocalHub
+from tests.hub.state import Limits
 
 MULTIPART_FROM_BYTES = 1 << 20
 PART_BYTES = 300_000
@@ -49,9 +50,8 @@ def _client_without_xet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[LocalHub]:
-    with LocalHub.start(
-        tmp_path / "hub", multipart_threshold_bytes=MULTIPART_FROM_BYTES, part_size_bytes=PART_BYTES, page_entries=40
-    ) as running:
+    limits = Limits(multipart_threshold_bytes=MULTIPART_FROM_BYTES, part_size_bytes=PART_BYTES, page_entries=40)
+    with LocalHub.start(tmp_path / "hub", limits=limits) as running:
         running.add_user("alice")
         yield running
 

@@ -117,3 +117,9 @@ class Blobs:
         content = bytearray(self.large_path(sha256).read_bytes())
         content[-1] ^= 1
         return self.put_large(bytes(content))
+
+    def rot(self, sha256: str) -> None:
+        """Flip the last bit of a large file where it lies: its name is then wrong."""
+        content = bytearray(self.large_path(sha256).read_bytes())
+        content[-1] ^= 1
+        write_atomically(self.large_path(sha256), bytes(content))

@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.hub import refusals
 from tests.hub.disk import write_atomically
+from tests.hub.faults import Kind
 from tests.hub.protocol import Request, Response, answer, file_answer
 from tests.hub.repos import Repository
 from tests.hub.state import State
@@ -25,6 +26,9 @@ async def batch(state: State, request: Request, names: Mapping[str, str]) -> Res
         raise refusals.bad_request("Only uploads by sha256 are served")
     transfers = wanted.get("transfers", ["basic"])
     objects = [_instruction(state, repo, item, multipart="multipart" in transfers) for item in wanted["objects"]]
+    if request.is_hit(Kind.QUOTA):
+        full = {"error": {"code": 403, "message": refusals.storage_full().message}}
+        objects = [{"oid": item["oid"], "size": item["size"], **full} for item in wanted["objects"]]
     parted = any("chunk_size" in item.get("actions", {}).get("upload", {}).get("header", {}) for item in objects)
     body = {"transfer": "multipart" if parted else "basic", "objects": objects}
     return answer(body, headers={"Content-Type": MEDIA_TYPE})
@@ -66,7 +70,7 @@ async def put_object(state: State, request: Request, names: Mapping[str, str]) -
         async for block in request.blocks():
             incoming.write(block)
         incoming.store(state.blobs.large_path(oid), sha256=oid, size_bytes=int(fields["size"]))
-    _arrived(state, fields)
+    _arrived(state, request, fields)
     return Response(headers={"ETag": f'"{oid}"'})
 
 
@@ -96,11 +100,13 @@ async def complete(state: State, request: Request, names: Mapping[str, str]) -> 
             incoming.write(content)
         incoming.store(state.blobs.large_path(oid), sha256=oid, size_bytes=int(fields["size"]))
     state.blobs.drop_parts(upload)
-    _arrived(state, fields)
+    _arrived(state, request, fields)
     return answer({"success": True})
 
 
-def _arrived(state: State, fields: Mapping[str, str]) -> None:
+def _arrived(state: State, request: Request, fields: Mapping[str, str]) -> None:
+    if request.is_hit(Kind.DAMAGED):
+        state.blobs.rot(fields["oid"])
     repo = state.repos.get(fields["repo"])
     if repo is None:
         raise refusals.repo_not_found()

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from tests.hub import refusals
+from tests.hub.faults import Kind, Rule
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -62,6 +63,7 @@ class Request:
         query: decoded; values by name.
         headers: by lower-case name.
         received_bytes: of the body, so far.
+        rule: the injected fault that the handler has to carry out, or None.
     """
 
     method: str
@@ -70,6 +72,7 @@ class Request:
     query: Mapping[str, list[str]]
     headers: Mapping[str, str]
     received_bytes: int = 0
+    rule: Rule | None = None
     _receive: Receive
     _done: bool = False
 
@@ -93,6 +96,21 @@ class Request:
     def first(self, name: str) -> str | None:
         """Return the first value of a query parameter."""
         return next(iter(self.query.get(name, ())), None)
+
+    def is_hit(self, kind: Kind) -> bool:
+        """Return whether a fault of this kind is to be carried out."""
+        return self.rule is not None and self.rule.kind is kind
+
+    async def read_until(self, size_bytes: int) -> None:
+        """Read the body until so much of it is here, or all."""
+        async for _ in self.blocks():
+            if self.received_bytes >= size_bytes:
+                return
+
+    async def wait_until_gone(self) -> None:
+        """Return when the client has closed the connection, or the server has."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
 
     async def blocks(self) -> AsyncIterator[bytes]:
         """Yield the body as it arrives."""
@@ -166,9 +184,7 @@ def _span(wanted: str, size_bytes: int) -> tuple[int, int] | None:
 
 async def send_response(response: Response, send: Send, *, head: bool) -> None:
     """Send a response; for HEAD only what precedes the body."""
-    raw = {"Content-Length": str(response.size_bytes), **response.headers}
-    headers = [(name.lower().encode("latin-1"), text.encode("latin-1", "replace")) for name, text in raw.items()]
-    await send({"type": "http.response.start", "status": response.status, "headers": headers})
+    await send({"type": "http.response.start", "status": response.status, "headers": _raw_headers(response)})
     if isinstance(response.body, FilePart) and not head:
         left = response.body.end - response.body.start
         with response.body.path.open("rb") as file:
@@ -180,6 +196,19 @@ async def send_response(response: Response, send: Send, *, head: bool) -> None:
     await send({"type": "http.response.body", "body": small, "more_body": False})
 
 
-async def drop_connection(send: Send) -> None:
-    """Begin an answer and never finish it: the server then closes the connection."""
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4096")]})
+async def send_half(response: Response, send: Send) -> None:
+    """Send the head of a response and the first half of its body."""
+    half = response.size_bytes // 2
+    await send({"type": "http.response.start", "status": response.status, "headers": _raw_headers(response)})
+    if isinstance(response.body, bytes):
+        block = response.body[:half]
+    else:
+        with response.body.path.open("rb") as file:
+            file.seek(response.body.start)
+            block = file.read(half)
+    await send({"type": "http.response.body", "body": block, "more_body": True})
+
+
+def _raw_headers(response: Response) -> list[tuple[bytes, bytes]]:
+    headers = {"Content-Length": str(response.size_bytes), **response.headers}
+    return [(name.lower().encode("latin-1"), text.encode("latin-1", "replace")) for name, text in headers.items()]

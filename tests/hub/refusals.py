@@ -67,3 +67,8 @@ def bad_request(message: str) -> RefusedError:
 def forbidden(message: str) -> RefusedError:
     """Return the answer to a token that is known but lacks a right."""
     return RefusedError(403, message)
+
+
+def storage_full() -> RefusedError:
+    """Return the answer to a namespace that has no room left."""
+    return RefusedError(403, "Private repository storage limit reached, please upgrade your plan to increase it.")

@@ -77,10 +77,19 @@ class Repository:
     folder: Path
     state: State
     lock: RLock = field(default_factory=RLock)
+    _texts: tuple[str, ...] = ()
 
     def save(self) -> None:
         """Write `state` to disk; references move only by this one replacement."""
-        write_atomically(self.folder / "repo.json", json.dumps(asdict(self.state), indent=1))
+        text = json.dumps(asdict(self.state), indent=1)
+        write_atomically(self.folder / "repo.json", text)
+        self._texts = (*self._texts[-1:], text)
+
+    def before(self) -> Repository | None:
+        """Return the repository as it was before its last change, to read only; None if it did not exist then."""
+        if len(self._texts) < 2:
+            return None
+        return Repository(repo_id=self.repo_id, folder=self.folder, state=State(**json.loads(self._texts[0])))
 
     def resolve(self, revision: str) -> str:
         """Return the commit of a branch, tag, full `refs/…` name or commit id (7 digits or more)."""
@@ -195,7 +204,9 @@ class Repositories:
             folder = self.root / repo_id
             if repo_id not in self._open and _REPO_ID.fullmatch(repo_id) and (folder / "repo.json").exists():
                 state = State(**json.loads((folder / "repo.json").read_text()))
-                self._open[repo_id] = Repository(repo_id=repo_id, folder=folder, state=state)
+                repo = Repository(repo_id=repo_id, folder=folder, state=state)
+                repo.save()
+                self._open[repo_id] = repo
             return self._open.get(repo_id)
 
     def create(self, repo_id: str, *, private: bool, creator: str, tree: Mapping[str, Entry]) -> Repository:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import uvicorn
 
 from tests.hub.accounts import Accounts, Role, Scope
 from tests.hub.app import App
 from tests.hub.disk import Blobs
-from tests.hub.faults import Fault
+from tests.hub.faults import Fired, Kind, Rule
 from tests.hub.repos import Repositories
+from tests.hub.routes import ENDPOINTS
 from tests.hub.state import Exchange, Limits, State
 from tests.hub.view import RepoView, seed
+from tests.hub.wire import Protocol
 
 _DEFAULT = Limits()
 
@@ -52,7 +55,7 @@ class LocalHub:
             lifespan="off",
             access_log=False,
             log_level="error",  # a handler that breaks must be seen
-            http="h11",
+            http=Protocol,
             ws="none",
             timeout_graceful_shutdown=1,
         )
@@ -66,10 +69,7 @@ class LocalHub:
         cls,
         root: Path,
         *,
-        multipart_threshold_bytes: int = _DEFAULT.multipart_threshold_bytes,
-        part_size_bytes: int = _DEFAULT.part_size_bytes,
-        lfs_threshold_bytes: int = _DEFAULT.lfs_threshold_bytes,
-        page_entries: int = _DEFAULT.page_entries,
+        limits: Limits = _DEFAULT,
         bind: str = "127.0.0.1",
         port: int = 0,
         api_host: str = "localhost",
@@ -79,10 +79,7 @@ class LocalHub:
 
         Args:
             root: where everything is kept; made if absent.
-            multipart_threshold_bytes: see `Limits`.
-            part_size_bytes: see `Limits`.
-            lfs_threshold_bytes: see `Limits`.
-            page_entries: see `Limits`.
+            limits: sizes and rates at which it changes its behaviour.
             bind: address to listen on.
             port: 0 for a free one.
             api_host: name under which clients reach the API.
@@ -92,12 +89,6 @@ class LocalHub:
         if api_host == blob_host:
             raise ValueError("the blob host must have another name than the API host")
         root.mkdir(parents=True, exist_ok=True)
-        limits = Limits(
-            multipart_threshold_bytes=multipart_threshold_bytes,
-            part_size_bytes=part_size_bytes,
-            lfs_threshold_bytes=lfs_threshold_bytes,
-            page_entries=page_entries,
-        )
         hub = cls(root, limits, bind=bind, port=port, api_host=api_host, blob_host=blob_host)
         hub._thread.start()
         return hub
@@ -162,40 +153,23 @@ class LocalHub:
         repo = self._state.repos.get(repo_id)
         return None if repo is None else RepoView(_repo=repo, _blobs=self._state.blobs)
 
-    def fail(
-        self,
-        *,
-        method: str = "*",
-        path: str,
-        times: int = 1,
-        skip: int = 0,
-        status: int = 503,
-        after_apply: bool = False,
-        drop: bool = False,
-        delay_s: float = 0.0,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        """Make matching requests fail; see `Fault` for the meaning of each argument."""
-        self._state.faults.add(
-            Fault(
-                method=method,
-                path=path,
-                times=times,
-                skip=skip,
-                status=status,
-                after_apply=after_apply,
-                drop=drop,
-                delay_s=delay_s,
-                headers=headers or {},
-            )
-        )
+    def inject(self, *rules: Rule) -> None:
+        """Make calls fail; see `Rule`."""
+        for rule in rules:
+            if not any(fnmatch(name, rule.endpoint) for name in ENDPOINTS):
+                raise ValueError(f"no endpoint is called {rule.endpoint!r}")
+            self._state.faults.add(rule)
 
-    def damage(self, path: str) -> None:
-        """Make the next commit of file `path` store other bytes (and their digest) than the client sent."""
-        self._state.faults.damage(path)
+    def fail(self, endpoint: str, kind: Kind = Kind.STATUS, **more: Any) -> None:
+        """Make the next call of an endpoint fail: `inject` with one rule; `more` are its other attributes."""
+        self.inject(Rule(endpoint=endpoint, kind=kind, **more))
+
+    def fired(self) -> list[Fired]:
+        """Return which calls failed on demand, in their order."""
+        return self._state.faults.fired()
 
     def heal(self) -> None:
-        """Forget all faults and damages."""
+        """Forget all rules; what expired stays expired."""
         self._state.faults.clear()
 
     def exchanges(self) -> list[Exchange]:

@@ -12,7 +12,8 @@ from urllib.parse import quote, urlencode
 from tests.hub import refusals
 from tests.hub.accounts import Accounts, Token
 from tests.hub.disk import Blobs
-from tests.hub.faults import Faults
+from tests.hub.faults import Faults, Kind
+from tests.hub.meter import Meter
 from tests.hub.protocol import Request
 from tests.hub.repos import Repositories, Repository
 
@@ -26,12 +27,16 @@ class Limits:
         part_size_bytes: of each part but the last.
         lfs_threshold_bytes: files of this size or more go to LFS whatever their name.
         page_entries: entries on a page of a listing (a twentieth of it when expanded).
+        api_calls: allowed in each window; 0 for no limit.
+        window_s: length of such a window.
     """
 
     multipart_threshold_bytes: int = 64 << 20
     part_size_bytes: int = 16 << 20
     lfs_threshold_bytes: int = 10 << 20
     page_entries: int = 1000
+    api_calls: int = 0
+    window_s: float = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +44,7 @@ class Exchange:
     """One request that was answered.
 
     Attributes:
+        endpoint: its name; '' for a request that this server does not know.
         method: upper case.
         path: raw, without the query.
         query: decoded.
@@ -49,6 +55,7 @@ class Exchange:
         routed: False for a request that this server does not know.
     """
 
+    endpoint: str
     method: str
     path: str
     query: Mapping[str, list[str]]
@@ -79,11 +86,19 @@ class State:
     blob_host: str
     faults: Faults = field(default_factory=Faults)
     log: list[Exchange] = field(default_factory=list)
+    meter: Meter = field(init=False)
+    _expired: set[str] = field(default_factory=set)
     _secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
+
+    def __post_init__(self) -> None:
+        self.meter = Meter(calls=self.limits.api_calls, window_s=self.limits.window_s)
 
     def caller(self, request: Request) -> Token | None:
         """Return whose request it is; refuses unknown tokens."""
-        return self.accounts.identify(request.headers.get("authorization"))
+        authorization = request.headers.get("authorization")
+        if authorization is not None and request.is_hit(Kind.EXPIRED):
+            self.accounts.revoke(authorization.partition(" ")[2])
+        return self.accounts.identify(authorization)
 
     def signed_in(self, request: Request) -> Token:
         """Return whose request it is; refuses anonymous ones."""
@@ -96,6 +111,8 @@ class State:
         """Return a repository; one that the caller may not see is answered like one that is not there."""
         token = self.caller(request)
         repo = self.repos.get(repo_id)
+        if repo is not None and request.is_hit(Kind.STALE):
+            repo = repo.before()
         if repo is not None and not repo.state.private:
             return repo
         if token is None:
@@ -138,6 +155,10 @@ class State:
         signature = fields.pop("signature", "")
         if not hmac.compare_digest(signature, self._signature(request.path, fields)):
             raise refusals.forbidden("The signature of this URL does not match")
+        if request.is_hit(Kind.EXPIRED):
+            self._expired.add(signature)
+        if signature in self._expired:
+            raise refusals.forbidden("Request has expired")
         return fields
 
     def _signature(self, path: str, fields: Mapping[str, str]) -> str:

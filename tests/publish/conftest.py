@@ -12,6 +12,7 @@ import pytest
 
 from runner.errors import RunnerError
 from tests.hub.server import LocalHub
+from tests.hub.state import Limits
 from tests.publish.world import PATIENCE, World, make_folder
 
 
@@ -24,7 +25,8 @@ def _lfs_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[LocalHub]:
-    with LocalHub.start(tmp_path / "hub", multipart_threshold_bytes=2 << 20, part_size_bytes=1 << 20) as hub:
+    limits = Limits(multipart_threshold_bytes=2 << 20, part_size_bytes=1 << 20)
+    with LocalHub.start(tmp_path / "hub", limits=limits) as hub:
         hub.add_user("alice")
         hub.add_user("mallory")
         hub.add_org("acme", members={"alice": "write", "mallory": "read"})

@@ -8,11 +8,9 @@ import pytest
 
 from runner.errors import AccessDenied, HubUnavailable, PublishConflict, PublishError
 from runner.hub import Patience
+from tests.hub.faults import Kind
 from tests.publish.test_publish import intrude
 from tests.publish.world import REPO, World, origin
-
-COMMIT = r"/commit/"
-TAG = r"/tag/"
 
 
 def is_released(world: World, tag: str = "v1.0.0") -> bool:
@@ -22,51 +20,58 @@ def is_released(world: World, tag: str = "v1.0.0") -> bool:
 
 
 @pytest.mark.parametrize(
-    "method, path",
+    "endpoint",
     [
-        ("GET", "/api/whoami-v2"),
-        ("GET", f"/api/models/{REPO}$"),
-        ("GET", "/refs"),
-        ("GET", "/tree/"),
-        ("POST", "/api/repos/create"),
-        ("POST", "/api/validate-yaml"),
-        ("POST", "/preupload/"),
-        ("POST", "/info/lfs/objects/batch"),
-        ("PUT", ""),
-        ("POST", COMMIT),
-        ("POST", TAG),
+        "whoami",
+        "info",
+        "refs",
+        "tree",
+        "create-repo",
+        "validate-yaml",
+        "preupload",
+        "lfs-batch",
+        "lfs-put",
+        "lfs-part",
+        "lfs-complete",
+        "lfs-verify",
+        "commit",
+        "create-tag",
     ],
 )
 @pytest.mark.parametrize("status", [503, 429])
-def test_a_busy_hub_is_waited_for_and_gets_one_commit(world: World, method: str, path: str, status: int) -> None:
-    world.hub.fail(method=method, path=path, status=status, headers={"Retry-After": "0"})
+def test_a_busy_hub_is_waited_for_and_gets_one_commit(world: World, endpoint: str, status: int) -> None:
+    world.hub.fail(endpoint, status=status, headers={"Retry-After": "0"})
     assert world.publish().created
     assert world.commits() == 1
     assert is_released(world)
-    assert any(exchange.status == status for exchange in world.hub.exchanges())
+    assert len(world.hub.fired()) == 1
 
 
-@pytest.mark.parametrize("path", ["/api/repos/create", COMMIT, TAG])
-@pytest.mark.parametrize("kind", ["dropped", "500"])
-def test_a_write_whose_answer_is_lost_is_not_repeated(world: World, path: str, kind: str) -> None:
-    world.hub.fail(method="POST", path=path, status=500, after_apply=True, drop=kind == "dropped")
+@pytest.mark.parametrize("endpoint", ["create-repo", "commit", "create-tag"])
+@pytest.mark.parametrize("kind", [Kind.APPLIED_RESET, Kind.APPLIED_STATUS, Kind.RESET_ANSWER])
+def test_a_write_whose_answer_is_lost_is_not_repeated(world: World, endpoint: str, kind: Kind) -> None:
+    world.hub.fail(endpoint, kind, status=500)
     assert world.publish().created
     assert world.commits() == 1
     assert is_released(world)
-    assert world.sent("POST", path) == 1
+    assert world.calls(endpoint) == 1
 
 
-@pytest.mark.parametrize("path", [COMMIT, TAG])
-def test_a_connection_that_breaks_before_the_write_is_tried_again(world: World, path: str) -> None:
-    world.hub.fail(method="POST", path=path, drop=True)
+@pytest.mark.parametrize("endpoint", ["commit", "create-tag"])
+@pytest.mark.parametrize("kind", [Kind.RESET_BEFORE, Kind.RESET_IN, Kind.RESET_AFTER])
+@pytest.mark.parametrize("orderly", [False, True], ids=["RST", "FIN"])
+def test_a_connection_that_breaks_before_the_write_is_tried_again(
+    world: World, endpoint: str, kind: Kind, orderly: bool
+) -> None:
+    world.hub.fail(endpoint, kind, orderly=orderly)
     assert world.publish().created
     assert world.commits() == 1
     assert is_released(world)
-    assert world.sent("POST", path) == 2
+    assert world.calls(endpoint) == 2
 
 
 def test_a_hub_that_never_commits_leaves_no_tag_and_says_so(world: World) -> None:
-    world.hub.fail(method="POST", path=COMMIT, times=100)
+    world.hub.fail("commit", times=100)
     with pytest.raises(PublishError, match="503") as caught:
         world.publish()
     assert "not on the Hub" in str(caught.value)
@@ -80,7 +85,7 @@ def test_a_hub_that_never_commits_leaves_no_tag_and_says_so(world: World) -> Non
 
 
 def test_a_crash_between_commit_and_tag_is_finished_by_the_next_run_without_a_second_commit(world: World) -> None:
-    world.hub.fail(method="POST", path=TAG, times=100)
+    world.hub.fail("create-tag", times=100)
     with pytest.raises(PublishError) as caught:
         world.publish()
     assert "holds the whole release; the tag v1.0.0 does not exist" in str(caught.value)
@@ -95,7 +100,7 @@ def test_a_crash_between_commit_and_tag_is_finished_by_the_next_run_without_a_se
 
 
 def test_the_next_run_adopts_the_commit_when_only_measured_numbers_in_the_card_differ(world: World) -> None:
-    world.hub.fail(method="POST", path=TAG, times=100)
+    world.hub.fail("create-tag", times=100)
     with pytest.raises(PublishError):
         world.publish()
     world.hub.heal()
@@ -107,7 +112,7 @@ def test_the_next_run_adopts_the_commit_when_only_measured_numbers_in_the_card_d
 def test_a_crash_while_the_tag_is_replaced_is_finished_by_the_next_run(world: World) -> None:
     world.publish()
     other = replace(world, origin=origin("b" * 64))
-    world.hub.fail(method="POST", path=TAG, times=100)
+    world.hub.fail("create-tag", times=100)
     with pytest.raises(PublishError) as caught:
         other.publish(on_existing_tag="replace")
     assert "was removed from commit" in str(caught.value)
@@ -119,14 +124,14 @@ def test_a_crash_while_the_tag_is_replaced_is_finished_by_the_next_run(world: Wo
 
 
 def test_stored_bytes_that_differ_from_the_sent_ones_are_never_tagged(world: World) -> None:
-    world.hub.damage("model-00001-of-00002.safetensors")
+    world.hub.fail("commit", Kind.DAMAGED, file="model-00001-of-00002.safetensors")
     with pytest.raises(PublishError, match=r"does not hold what was sent: model-00001-of-00002\.safetensors"):
         world.publish()
     assert world.tags() == {}
 
 
 def test_a_small_file_that_is_stored_differently_is_never_tagged(world: World) -> None:
-    world.hub.damage("config.json")
+    world.hub.fail("commit", Kind.DAMAGED, file="config.json")
     with pytest.raises(PublishError, match=r"config\.json is other content"):
         world.publish()
     assert world.tags() == {}
@@ -140,7 +145,7 @@ def test_a_lost_answer_and_somebody_elses_commit_are_a_conflict(world: World) ->
     def on_progress(done: int, total: int) -> None:
         if done == total:
             intrude(world.hub, token)
-            world.hub.fail(method="POST", path=COMMIT, drop=True)
+            world.hub.fail("commit", Kind.RESET_AFTER)
 
     with pytest.raises(PublishConflict):
         other.publish(tag="v2.0.0", on_progress=on_progress)
@@ -148,14 +153,14 @@ def test_a_lost_answer_and_somebody_elses_commit_are_a_conflict(world: World) ->
 
 
 def test_a_silent_hub_ends_in_an_error(world: World) -> None:
-    world.hub.fail(path="/api/whoami-v2", times=100, status=0, delay_s=5)
+    world.hub.fail("whoami", Kind.SILENT, times=100)
     quick = replace(world, timeout_s=0.2, patience=Patience(attempts=2, first_wait_s=0.01))
     with pytest.raises(HubUnavailable, match="did not answer in time"):
         quick.publish()
 
 
 def test_a_commit_that_is_answered_too_late_is_found_and_tagged(world: World) -> None:
-    world.hub.fail(method="POST", path=COMMIT, status=0, delay_s=2)
+    world.hub.fail("commit", Kind.SLOW, delay_s=2)
     slow = replace(world, timeout_s=1.0, patience=Patience(attempts=8, first_wait_s=0.5, longest_wait_s=1.0))
     assert slow.publish().created
     assert is_released(world)
@@ -163,7 +168,7 @@ def test_a_commit_that_is_answered_too_late_is_found_and_tagged(world: World) ->
 
 
 def test_a_wait_that_is_longer_than_the_deadline_is_not_begun(world: World) -> None:
-    world.hub.fail(path="/api/whoami-v2", times=100, status=429, headers={"Retry-After": "3600"})
+    world.hub.fail("whoami", times=100, status=429, headers={"Retry-After": "3600"})
     with pytest.raises(HubUnavailable, match="429"):
         world.publish()
     assert world.sent("GET", "/api/whoami-v2") == 1
@@ -196,7 +201,7 @@ def test_the_publish_error_for_a_refused_card_is_the_hubs_own_text(world: World)
 
 def test_an_error_text_of_the_server_that_repeats_a_secret_is_cleaned(world: World) -> None:
     secret = f"token {world.token} at https://user:pw@cdn.example/x?X-Amz-Signature=abc"
-    world.hub.fail(path="/api/whoami-v2", times=100, status=403, headers={"X-Error-Message": secret})
+    world.hub.fail("whoami", times=100, status=403, headers={"X-Error-Message": secret})
     with pytest.raises(AccessDenied) as caught:
         world.publish()
     text = str(caught.value)

@@ -222,9 +222,9 @@ def test_too_little_disk_is_told_before_the_download(
 
 def test_a_download_goes_on_when_the_hub_hiccups(world: World, tmp_path: Path) -> None:
     world.hub.add_model("acme/base", write(tmp_path / "seed", **base_files()))
-    world.hub.fail(method="GET", path=f"/resolve/.*{SHARDS[0]}")
-    world.hub.fail(method="GET", path="/tree/")
-    world.hub.fail(method="GET", path="/api/models/acme/base$")
+    world.hub.fail("resolve", where=SHARDS[0])
+    world.hub.fail("tree")
+    world.hub.fail("info")
     assert names(fetch(world, tmp_path)) == set(base_files())
 
 

@@ -127,3 +127,7 @@ class World:
     def sent(self, method: str, part: str) -> int:
         """How many requests of this method had `part` in their path."""
         return sum(1 for verb, path in self.hub.requests() if verb == method and part in path)
+
+    def calls(self, endpoint: str) -> int:
+        """How many requests an endpoint got."""
+        return sum(exchange.endpoint == endpoint for exchange in self.hub.exchanges())

@@ -1,0 +1,64 @@
+"""The endpoints by name: what faults are injected into, and what is counted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from urllib.parse import unquote
+
+from tests.hub import api, commits, lfs, listing, resolve
+from tests.hub.protocol import Request, Response
+from tests.hub.state import State
+
+Handler = Callable[[State, Request, Mapping[str, str]], Awaitable[Response]]
+Route = tuple[str, Handler, dict[str, str]]
+
+_REPO = r"(?P<repo>[^/]+/[^/]+)"
+_MODEL = rf"/api/models/{_REPO}"
+_REV = r"(?P<rev>[^/]+)"
+_LFS = rf"/{_REPO}\.git/info/lfs"
+
+# Name, method, raw path, handler; the first match wins. Groups are matched while still encoded, so that a tag such as
+# v1/beta stays one segment.
+_API: tuple[tuple[str, str, str, Handler], ...] = (
+    ("whoami", "GET", r"/api/whoami-v2", api.whoami),
+    ("create-repo", "POST", r"/api/repos/create", api.create),
+    ("delete-repo", "DELETE", r"/api/repos/delete", api.delete),
+    ("validate-yaml", "POST", r"/api/validate-yaml", commits.validate_yaml),
+    ("lfs-complete", "POST", r"/api/complete_multipart", lfs.complete),
+    ("info", "GET", _MODEL, api.info),
+    ("info", "GET", rf"{_MODEL}/revision/{_REV}", api.info),
+    ("auth-check", "GET", rf"{_MODEL}/auth-check", api.auth_check),
+    ("auth-check-write", "GET", rf"{_MODEL}/auth-check/write", api.auth_check_write),
+    ("preupload", "POST", rf"{_MODEL}/preupload/{_REV}", commits.preupload),
+    ("commit", "POST", rf"{_MODEL}/commit/{_REV}", commits.commit),
+    ("create-tag", "POST", rf"{_MODEL}/tag/{_REV}", api.create_tag),
+    ("delete-tag", "DELETE", rf"{_MODEL}/tag/{_REV}", api.delete_tag),
+    ("create-branch", "POST", rf"{_MODEL}/branch/{_REV}", api.create_branch),
+    ("delete-branch", "DELETE", rf"{_MODEL}/branch/{_REV}", api.delete_branch),
+    ("refs", "GET", rf"{_MODEL}/refs", api.refs),
+    ("tree", "GET", rf"{_MODEL}/tree/{_REV}(?:/(?P<path>.*))?", listing.tree),
+    ("paths-info", "POST", rf"{_MODEL}/paths-info/{_REV}", listing.paths_info),
+    ("commits", "GET", rf"{_MODEL}/commits/{_REV}", listing.commits),
+    ("xet-token", "GET", rf"{_MODEL}/xet-(?:read|write)-token/{_REV}", api.xet_token),
+    ("lfs-batch", "POST", rf"{_LFS}/objects/batch", lfs.batch),
+    ("lfs-verify", "POST", rf"{_LFS}/objects/verify", lfs.verify),
+    ("resolve", "GET", rf"/{_REPO}/resolve/{_REV}/(?P<path>.+)", resolve.resolve),
+)
+_BLOB_HOST: tuple[tuple[str, str, str, Handler], ...] = (
+    ("lfs-put", "PUT", r"/blobs/[^/]+", lfs.put_object),
+    ("lfs-part", "PUT", r"/parts/[^/]+", lfs.put_part),
+    ("blob", "GET", r"/blobs/[^/]+", lfs.get_object),
+)
+ENDPOINTS = frozenset(name for name, *_ in (*_API, *_BLOB_HOST))
+
+
+def find_route(request: Request, blob_host: str) -> Route | None:
+    """Return name, handler and decoded names of the endpoint that a request is for; None where there is none."""
+    method = "GET" if request.method == "HEAD" else request.method
+    for name, wanted, pattern, handler in _BLOB_HOST if request.host == blob_host else _API:
+        found = re.fullmatch(pattern, request.path) if wanted == method else None
+        if found is not None:
+            names = {key: unquote(text) for key, text in found.groupdict().items() if text is not None}
+            return name, handler, names
+    return None
