@@ -1,4 +1,4 @@
-"""A base and an adapter, put together by PEFT without reading the base.
+"""A base and its adapters, put together by PEFT without reading the base; several adapters are combined first.
 
 The base's parameters are views of the mapped checkpoint (`runner.base_model`) *before* PEFT attaches the adapter: on
 a meta base PEFT loses every adapter weight, silently, and with `low_cpu_mem_usage=True` it rounds the adapter to the
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ from runner.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from runner.base_model import first_line, open_base
 from runner.checkpoint.layout import Checkpoint
 from runner.checkpoint.names import StoredNames
+from runner.combination import Combination
+from runner.combined import combine
 from runner.errors import AdapterMismatch, UnsupportedAdapter
 from runner.methods import LAZY_LORA_INITS, LAZY_METHODS, TASK_CLASSES
 
@@ -41,7 +43,7 @@ class Attached:
 
     Attributes:
         checkpoint: the base on disk.
-        adapter: the adapter on disk.
+        adapters: the adapters on disk; the model holds the one, or what the several were combined to.
         model: the base's class, its modules wrapped by PEFT where the adapter acts.
         peft_model: PEFT's wrapper around `model`.
         names: stored names of the model's parameters.
@@ -52,7 +54,7 @@ class Attached:
     """
 
     checkpoint: Checkpoint
-    adapter: Adapter
+    adapters: tuple[Adapter, ...]
     model: PreTrainedModel
     peft_model: PeftModel
     names: StoredNames
@@ -61,27 +63,43 @@ class Attached:
     replaced: Mapping[str, torch.Tensor]
     is_lazy: bool
 
+    @property
+    def adapter(self) -> Adapter:
+        """The first adapter, which decides what is not in the weights."""
+        return self.adapters[0]
 
-def attach(checkpoint: Checkpoint, adapter: Adapter) -> Attached:
+
+def attach(checkpoint: Checkpoint, *adapters: Adapter, combination: Combination | None = None) -> Attached:
     """Return base and adapter, attached; reads headers, configs and the adapter, no weight of a lazy method's base.
+
+    Args:
+        checkpoint: the base.
+        adapters: one, or several that `check_combinable` found good.
+        combination: how several become one; None for one.
 
     Raises:
         AdapterMismatch: a tensor of the adapter fits nothing in the base, or one that must be there is missing.
-        UnsupportedAdapter: a field of its config is unknown here.
+        UnsupportedAdapter: a field of its config is unknown here, or several cannot be combined exactly.
         UnsupportedCheckpoint: a base that this version cannot merge exactly.
     """
+    adapter = adapters[0]
     config = _peft_config(adapter)
     is_lazy = adapter.peft_type in LAZY_METHODS and _init(adapter) in LAZY_LORA_INITS
     base = open_base(checkpoint, in_memory=not is_lazy)
     model = base.model
     parameters = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     before = {key: (tensor.data_ptr(), tensor._version) for key, tensor in parameters.items()}
-    peft_model = _wrap(model, config, adapter)
-    placed = _load(peft_model, adapter)
+    if combination is None:
+        peft_model = _wrap(model, config, adapter, ADAPTER_NAME)
+        placed = _load(peft_model, adapter, ADAPTER_NAME)
+    else:
+        peft_model = _wrap_several(model, adapters)
+        combine(peft_model, combination, into=ADAPTER_NAME)
+        placed = {}
     replaced = _replaced(parameters, before, peft_model, placed)
     return Attached(
         checkpoint=checkpoint,
-        adapter=adapter,
+        adapters=adapters,
         model=model,
         peft_model=peft_model,
         names=base.names,
@@ -125,13 +143,36 @@ def _init(adapter: Adapter) -> Any:
     return init if isinstance(init, bool) or init is None else str(init)
 
 
-def _wrap(model: PreTrainedModel, config: PeftConfig, adapter: Adapter) -> PeftModel:
+def _wrap_several(model: PreTrainedModel, adapters: Sequence[Adapter]) -> PeftModel:
+    """Return all adapters on the model, each loaded as strictly as one alone."""
+    names = [f"part_{number}" for number in range(1, len(adapters) + 1)]
+    peft_model: PeftModel | None = None
+    for name, adapter in zip(names, adapters, strict=True):
+        peft_model = _wrap(peft_model or model, _peft_config(adapter), adapter, name)
+        placed = _load(peft_model, adapter, name)
+        if lost := [key for key in placed if f".{name}" not in key]:
+            raise UnsupportedAdapter(
+                f"The adapter {name.replace('_', ' ')} brings {lost[0]!r}, and several adapters are to be combined.",
+                why="It is no low-rank factor, and PEFT's combination would drop it.",
+                fix="Train the adapter without it, or merge it alone.",
+            )
+    assert peft_model is not None  # noqa: S101  (there is at least one adapter)
+    return peft_model
+
+
+def _wrap(model: PreTrainedModel | PeftModel, config: PeftConfig, adapter: Adapter, name: str) -> PeftModel:
+    """Return the model with an empty adapter `name` on it, beside those that it has."""
+    wrapped: PeftModel
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            wrapped = TASK_CLASSES[adapter.task_type](
-                model, config, ADAPTER_NAME, autocast_adapter_dtype=True, low_cpu_mem_usage=False
-            )
+            if isinstance(model, PeftModel):
+                wrapped = model
+                wrapped.add_adapter(name, config, autocast_adapter_dtype=True, low_cpu_mem_usage=False)
+            else:
+                wrapped = TASK_CLASSES[adapter.task_type](
+                    model, config, name, autocast_adapter_dtype=True, low_cpu_mem_usage=False
+                )
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, NotImplementedError, ImportError) as error:
         raise AdapterMismatch(
             f"PEFT cannot put the adapter on {type(model).__name__}: {first_line(error)}",
@@ -141,18 +182,18 @@ def _wrap(model: PreTrainedModel, config: PeftConfig, adapter: Adapter) -> PeftM
     return wrapped.eval()
 
 
-def _load(peft_model: PeftModel, adapter: Adapter) -> dict[str, torch.Tensor]:
+def _load(peft_model: PeftModel, adapter: Adapter, name: str) -> dict[str, torch.Tensor]:
     """Load the adapter and return what it changed: state-dict key of the PEFT model → tensor as stored.
 
     A copy of a base tensor that only repeats the base (PEFT saves one beside an embedding's LoRA) is left out.
     """
     with safe_open(str(adapter.root / WEIGHTS_FILE), framework="pt", device="cpu") as handle:
-        weights = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (not a dict)
+        weights = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118  (not a dict)
     placed: dict[str, torch.Tensor] = {}
     load_state_dict = peft_model.load_state_dict
 
     def recording(state_dict: Mapping[str, torch.Tensor], strict: bool = True) -> Any:
-        placed.update((key, tensor) for key, tensor in state_dict.items() if not _repeats(peft_model, key, tensor))
+        placed.update((key, value) for key, value in state_dict.items() if not _repeats(peft_model, key, value, name))
         return load_state_dict(state_dict, strict=strict)
 
     # PEFT maps file names to parameters inside this call; listening in on its last step is the only way to learn
@@ -161,7 +202,7 @@ def _load(peft_model: PeftModel, adapter: Adapter) -> dict[str, torch.Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = set_peft_model_state_dict(peft_model, weights, ADAPTER_NAME)
+            result = set_peft_model_state_dict(peft_model, weights, name)
     except KeyError as error:
         raise _missing(str(error.args[0]), adapter) from error
     except (RuntimeError, ValueError) as error:
@@ -170,28 +211,28 @@ def _load(peft_model: PeftModel, adapter: Adapter) -> dict[str, torch.Tensor]:
         del peft_model.load_state_dict
     if result.unexpected_keys:
         raise _unplaced(sorted(result.unexpected_keys), adapter)
-    missing = [key for key in result.missing_keys if _must_be_in_file(key, adapter)]
+    missing = [key for key in result.missing_keys if _must_be_in_file(key, adapter, name)]
     if missing:
         raise _missing(missing[0], adapter)
     _widen(peft_model, placed)
     return placed
 
 
-def _repeats(peft_model: PeftModel, key: str, tensor: torch.Tensor) -> bool:
+def _repeats(peft_model: PeftModel, key: str, tensor: torch.Tensor, name: str) -> bool:
     target = _lookup(peft_model, key)
     return (
         target is not None
-        and ADAPTER_NAME not in key.split(".")
+        and name not in key.split(".")
         and target.shape == tensor.shape
         and torch.equal(target.to(torch.float32), tensor.to(torch.float32))
     )
 
 
-def _must_be_in_file(key: str, adapter: Adapter) -> bool:
+def _must_be_in_file(key: str, adapter: Adapter, name: str) -> bool:
     # As PEFT's load_adapter; vector banks and the like are shared, and stored once under another key.
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(adapter.peft_type, "")
     is_shared = "vblora_vector_bank" in key or ".tinylora_v." in key or ".unilora_theta_d." in key
-    return bool(prefix) and prefix in key and ADAPTER_NAME in key and not is_shared
+    return bool(prefix) and prefix in key and name in key.split(".") and not is_shared
 
 
 def _widen(peft_model: PeftModel, placed: Mapping[str, torch.Tensor]) -> None:

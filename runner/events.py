@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.checkpoint.digests import MergedCheckpoint
+from runner.combination import Combination
 from runner.errors import Problem
 from runner.plan import PlanSummary
 from runner.verify.verdict import Verdict
@@ -22,7 +23,8 @@ class Job:
 
     Attributes:
         base: folder of the base.
-        adapter: folder of the adapter.
+        adapters: folders of the adapters, at least one.
+        combination: how several adapters become one; None exactly when there is one.
         merged: folder to write, or to judge when `merges` is False.
         merges: whether to merge.
         verifies: whether to judge.
@@ -33,7 +35,8 @@ class Job:
     """
 
     base: Path
-    adapter: Path
+    adapters: tuple[Path, ...]
+    combination: Combination | None
     merged: Path
     merges: bool
     verifies: bool

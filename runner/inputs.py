@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from runner import sources
+from runner.combination import Combination
 from runner.errors import InputError, Problem
 from runner.form import Form
 from runner.reference import RepoRef
@@ -27,7 +28,8 @@ class Inputs:
     """Everything that the user decides.
 
     Attributes:
-        adapter: what to merge.
+        adapters: what to merge, at least one.
+        combination: how several adapters become one; None exactly when there is one.
         base: into what; None for the base that the adapter's config names.
         base_revision: asked for by the user; part of `base` too where that is given.
         target_repo: set whenever `mode` is publish.
@@ -48,7 +50,8 @@ class Inputs:
         workspace: where relative paths start.
     """
 
-    adapter: RepoRef
+    adapters: tuple[RepoRef, ...]
+    combination: Combination | None
     base: RepoRef | None
     base_revision: str | None
     target_repo: str | None
@@ -85,8 +88,16 @@ class Inputs:
         def folder(path: Path | None) -> str:
             return "" if path is None else self.workspace.show(path)
 
+        wanted = self.combination
+        weighted = zip(self.adapters, wanted.weights if wanted else (1.0,) * len(self.adapters), strict=True)
         return {
-            "adapter-path": model(self.adapter),
+            "adapter-path": "\n".join(
+                model(ref) if wanted is None else f"{model(ref)} {weight!r}" for ref, weight in weighted
+            ),
+            "combination": wanted.kind if wanted else "",
+            "combination-density": repr(wanted.density) if wanted and wanted.density is not None else "",
+            "combination-seed": str(wanted.seed) if wanted and wanted.seed is not None else "",
+            "combination-majority-sign": (wanted.majority_sign or "") if wanted else "",
             "target-repo": self.target_repo or "",
             "base-model": model(self.base),
             "base-revision": self.base_revision or "",
@@ -144,8 +155,10 @@ def parse(
     mode = cast(Literal["publish", "verify", "plan"], form.choice("mode"))
     hf_token = values.get("hf-token") or None
     base_revision = form.checked("base-revision", revision_problem, "a revision")
+    adapters = form.adapters("adapter-path")
     inputs = Inputs(
-        adapter=form.model("adapter-path") or RepoRef(),
+        adapters=tuple(ref for ref, _ in adapters),
+        combination=form.combination(adapters),
         base=form.base(base_revision),
         base_revision=base_revision,
         target_repo=form.checked("target-repo", repo_id_problem, "a repository on the Hub"),
@@ -211,7 +224,7 @@ def _check_publishing(form: Form, inputs: Inputs, event_problems: Sequence[Probl
             fix="Set it, for example `tag: v1.0.0`.",
         )
     form.problems.extend(event_problems)
-    for name, ref in (("adapter-path", inputs.adapter), ("base-model", inputs.base)):
+    for name, ref in (*(("adapter-path", ref) for ref in inputs.adapters), ("base-model", inputs.base)):
         if ref and ref.repo_id and inputs.target_repo and ref.repo_id.lower() == inputs.target_repo.lower():
             form.add(
                 f"`target-repo` and `{name}` are both {ref.repo_id!r}.",

@@ -61,7 +61,7 @@ def merge(prepared: Prepared, *, into: Path, on_progress: Progress | None = None
         tensors_merged=summary.tensors_merged,
         tensors_copied=summary.tensors_copied,
         tensors_cast=summary.tensors_cast,
-        read_bytes=read_bytes + attached.adapter.data_bytes,
+        read_bytes=read_bytes + sum(adapter.data_bytes for adapter in attached.adapters),
         written_bytes=sum(file.size_bytes for file in files),
         wall_s=time.monotonic() - started,
     )

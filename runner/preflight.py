@@ -12,10 +12,11 @@ from pathlib import Path
 from runner import __version__
 from runner.adapter import Adapter, read_adapter
 from runner.checkpoint.layout import read_checkpoint
+from runner.combinable import check_combinable
 from runner.errors import InputError, Problem, RunnerError
 from runner.hub import Hub, Snapshot, Target, connect
 from runner.inputs import Inputs, RepoRef
-from runner.provenance import Origin, adapter_digest, base_digest
+from runner.provenance import AdapterOrigin, Origin, adapter_digest, base_digest
 from runner.publish import Release, find_existing
 from runner.syntax import repo_id_problem
 
@@ -35,16 +36,19 @@ class Resolved:
     """What goes in, exactly: every name is a commit or a digest now.
 
     Attributes:
-        adapter: on disk.
-        adapter_snapshot: where it came from.
+        adapters: on disk, in the order of the inputs.
         base_ref: the base at its commit, or a local folder.
         origin: what decides the bytes of the result.
     """
 
-    adapter: Adapter
-    adapter_snapshot: Snapshot
+    adapters: tuple[Adapter, ...]
     base_ref: RepoRef
     origin: Origin
+
+    @property
+    def adapter(self) -> Adapter:
+        """The first adapter, which decides what is not in the weights."""
+        return self.adapters[0]
 
 
 def open_hubs(inputs: Inputs) -> Hubs:
@@ -64,16 +68,20 @@ def inspect_target(inputs: Inputs, hubs: Hubs) -> Target | None:
 
 
 def resolve(inputs: Inputs, hubs: Hubs, cache_dir: Path, say: Say) -> Resolved:
-    """Return adapter and base at exact commits; the adapter is downloaded and validated, the base is not.
+    """Return adapters and base at exact commits; the adapters are downloaded and validated, the base is not.
 
     Raises:
-        AdapterError: the adapter cannot be merged into anything.
+        AdapterError: an adapter cannot be merged into anything, or the adapters cannot be combined.
         InputError: the base is not given, and the adapter does not name one on the Hub.
         HubError: a repository cannot be read.
     """
-    adapter_snapshot = hubs.reading.snapshot(inputs.adapter, kind="adapter", cache_dir=cache_dir)
-    adapter = read_adapter(adapter_snapshot.root)
-    say(f"Adapter: {_name(adapter_snapshot)}, {adapter.peft_type}, {len(adapter.tensors)} tensors.")
+    snapshots = [hubs.reading.snapshot(ref, kind="adapter", cache_dir=cache_dir) for ref in inputs.adapters]
+    adapters = tuple(read_adapter(snapshot.root) for snapshot in snapshots)
+    for snapshot, read in zip(snapshots, adapters, strict=True):
+        say(f"Adapter: {_name(snapshot)}, {read.peft_type}, {len(read.tensors)} tensors.")
+    if inputs.combination is not None:
+        check_combinable(adapters, inputs.combination)
+    adapter = adapters[0]
     wanted = inputs.base or _base_of(adapter, inputs.base_revision)
     base_ref = wanted if wanted.repo_id is None else replace(wanted, revision=hubs.reading.resolve(wanted))
     if base_ref.path is not None:
@@ -83,17 +91,20 @@ def resolve(inputs: Inputs, hubs: Hubs, cache_dir: Path, say: Say) -> Resolved:
         say(f"Base: {base_ref.display}.")
     if adapter.base_model and adapter.base_model != base_ref.repo_id:
         say(f"The adapter says that it was trained on {adapter.base_model!r}; it is merged into {base_ref.display}.")
+    first, *more = [_origin(snapshot) for snapshot in snapshots]
     origin = Origin(
         base_repo_id=base_ref.repo_id,
         base_commit=base_ref.revision,
         base_digest=base_digest(base_ref.path) if base_ref.path is not None else None,
-        adapter_repo_id=adapter_snapshot.repo_id,
-        adapter_commit=adapter_snapshot.commit,
-        adapter_digest=adapter_digest(adapter_snapshot.root),
+        adapter_repo_id=first.repo_id,
+        adapter_commit=first.commit,
+        adapter_digest=first.digest,
         dtype=inputs.dtype,
         version=__version__,
+        more_adapters=tuple(more),
+        combination=inputs.combination,
     )
-    return Resolved(adapter=adapter, adapter_snapshot=adapter_snapshot, base_ref=base_ref, origin=origin)
+    return Resolved(adapters=adapters, base_ref=base_ref, origin=origin)
 
 
 def find_release(inputs: Inputs, hubs: Hubs, target: Target | None, origin: Origin) -> Release | None:
@@ -157,6 +168,10 @@ def _base_of(adapter: Adapter, revision: str | None) -> RepoRef:
             )
         ]
     )
+
+
+def _origin(snapshot: Snapshot) -> AdapterOrigin:
+    return AdapterOrigin(repo_id=snapshot.repo_id, commit=snapshot.commit, digest=adapter_digest(snapshot.root))
 
 
 def _name(snapshot: Snapshot) -> str:

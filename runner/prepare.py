@@ -1,4 +1,4 @@
-"""Two folders → everything that a merge needs: the adapter attached to the base, the merge units, and the plan.
+"""Folders → everything that a merge needs: the adapter attached to the base, the merge units, and the plan.
 
 Reads headers, configs and the adapter; of the base's weights nothing (unless the adapter's method derives its
 merge from them, which the plan's notes then say).
@@ -6,14 +6,16 @@ merge from them, which the plan's notes then say).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runner.adapter import read_adapter
 from runner.attach import Attached, attach
 from runner.checkpoint.layout import read_checkpoint
-from runner.companions import find_companions, read_config
+from runner.combinable import check_combinable
+from runner.combination import Combination
+from runner.companions import TOKENIZER_FILES, find_companions, read_config
 from runner.plan import Plan, make_plan
 from runner.units import Unit, find_changes, find_units
 
@@ -27,26 +29,46 @@ class Prepared:
     plan: Plan
 
 
-def prepare(base: Path, adapter: Path, *, dtype: str) -> Prepared:
-    """Return the merge of `adapter` into `base`, planned.
+def prepare(base: Path, *adapters: Path, dtype: str, combination: Combination | None = None) -> Prepared:
+    """Return the merge of the adapters into `base`, planned.
 
     Args:
         base: folder of a transformers checkpoint.
-        adapter: folder of a PEFT adapter.
+        adapters: folders of PEFT adapters. What comes along beside the weights comes from the first.
         dtype: "auto", "bfloat16", "float16" or "float32".
+        combination: how several adapters become one; None exactly when there is one.
 
     Raises:
         RunnerError: either folder is damaged, or they cannot be merged exactly; see `read_checkpoint`,
-            `read_adapter`, `attach` and `find_changes`.
+            `read_adapter`, `check_combinable`, `attach` and `find_changes`.
     """
     checkpoint = read_checkpoint(base)
-    validated = read_adapter(adapter)
-    attached = attach(checkpoint, validated)
+    validated = [read_adapter(adapter) for adapter in adapters]
+    if combination is not None:
+        check_combinable(validated, combination)
+    attached = attach(checkpoint, *validated, combination=combination)
     units = find_units(attached)
     changes = find_changes(attached, units)
     edits = dict(changes.config_edits)
     if dtype != "auto":
         edits["torch_dtype" if "torch_dtype" in read_config(base) else "dtype"] = dtype
-    companions = find_companions(base, adapter, edits)
-    plan = make_plan(checkpoint, changes, companions=companions, dtype=dtype, peft_type=validated.peft_type)
+    if combination is not None:
+        changes = replace(changes, notes=(*changes.notes, *_notes(adapters, combination)))
+    companions = find_companions(base, adapters[0], edits)
+    plan = make_plan(checkpoint, changes, companions=companions, dtype=dtype, peft_type=attached.adapter.peft_type)
     return Prepared(attached=attached, units=units, plan=plan)
+
+
+def _notes(adapters: Sequence[Path], combination: Combination) -> Iterator[str]:
+    weights = ", ".join(f"{weight:g}" for weight in combination.weights)
+    yield f"{len(adapters)} adapters are combined first: {combination.text}, with the weights {weights}."
+    first = _tokenizer(adapters[0])
+    for number, adapter in enumerate(adapters[1:], start=2):
+        other = _tokenizer(adapter)
+        if other and other != first:
+            names = ", ".join(sorted(name for name in {*first, *other} if first.get(name) != other.get(name)))
+            yield f"Adapter {number} carries other tokenizer files than the first ({names}); only the first's count."
+
+
+def _tokenizer(adapter: Path) -> dict[str, bytes]:
+    return {name: (adapter / name).read_bytes() for name in TOKENIZER_FILES if (adapter / name).is_file()}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoint.digests import FileDigest, digest_file, digest_of
+from runner.combination import Combination
 from runner.companions import TOKENIZER_FILES, WEIGHT_SUFFIXES
 from runner.verify.verdict import Check, Quality, Verdict
 
@@ -26,6 +27,15 @@ SIGNIFICANT_DIGITS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterOrigin:
+    """Where one adapter comes from; the fields as in `Origin`."""
+
+    repo_id: str | None
+    commit: str | None
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
     """Everything that decides the bytes of the merged weights.
 
@@ -33,11 +43,13 @@ class Origin:
         base_repo_id: None for a local folder.
         base_commit: 40 hex digits; None for a local folder.
         base_digest: of the files of a local folder (see `base_digest`); None for a repository.
-        adapter_repo_id: None for a local folder.
+        adapter_repo_id: of the first adapter; None for a local folder.
         adapter_commit: 40 hex digits; None for a local folder.
-        adapter_digest: of the files that matter (see `adapter_digest`).
+        adapter_digest: of the first adapter's files that matter (see `adapter_digest`).
         dtype: as asked for, "auto" included.
         version: of this action.
+        more_adapters: the others, in their order.
+        combination: how several become one; None exactly when there is one.
     """
 
     base_repo_id: str | None
@@ -48,10 +60,27 @@ class Origin:
     adapter_digest: str
     dtype: str
     version: str
+    more_adapters: tuple[AdapterOrigin, ...] = ()
+    combination: Combination | None = None
+
+    @property
+    def adapters(self) -> tuple[AdapterOrigin, ...]:
+        """All adapters in their order."""
+        first = AdapterOrigin(repo_id=self.adapter_repo_id, commit=self.adapter_commit, digest=self.adapter_digest)
+        return (first, *self.more_adapters)
+
+    @property
+    def digest_of_adapters(self) -> str:
+        """The adapter's digest; of several, sha256 over their digests, one a line in their order."""
+        if not self.more_adapters:
+            return self.adapter_digest
+        return hashlib.sha256("".join(f"{adapter.digest}\n" for adapter in self.adapters).encode()).hexdigest()
 
     def input_digest(self) -> str:
         """Return 64 hex digits: sha256 over the canonical JSON of all fields. Equal inputs, equal digest."""
         fields = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        if self.combination is None:  # one adapter: the digest that releases had before there could be several
+            del fields["more_adapters"], fields["combination"]
         text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -122,6 +151,7 @@ def manifest(origin: Origin, facts: MergeFacts, verdict: Verdict, files: Iterabl
             "digest": origin.adapter_digest,
             "peft_type": facts.peft_type,
         },
+        **_several(origin),
         "options": {"dtype": origin.dtype},
         "merge": {
             "output_dtype": facts.output_dtype,
@@ -140,6 +170,18 @@ def manifest(origin: Origin, facts: MergeFacts, verdict: Verdict, files: Iterabl
         "files": [asdict(file) for file in content],
     }
     return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _several(origin: Origin) -> dict[str, Any]:
+    """Return the manifest's part on several adapters: all of them, in their order, and how they became one."""
+    wanted = origin.combination
+    if wanted is None:
+        return {}
+    adapters = [
+        {**asdict(adapter), "weight": weight} for adapter, weight in zip(origin.adapters, wanted.weights, strict=True)
+    ]
+    how = {"kind": wanted.kind, "density": wanted.density, "seed": wanted.seed, "majority_sign": wanted.majority_sign}
+    return {"adapters": adapters, "adapters_digest": origin.digest_of_adapters, "combination": how}
 
 
 def rounded(value: float | None) -> float | None:

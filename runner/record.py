@@ -62,7 +62,7 @@ class Record:
             verdict=self.verdict,
             release=self.release,
             base_revision=origin.base_commit if origin else None,
-            adapter_digest=origin.adapter_digest if origin else None,
+            adapter_digest=origin.digest_of_adapters if origin else None,
             merged_digest=self.merged_digest,
             problems=self.problems,
             phases=tuple(self.timings),

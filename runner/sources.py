@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from runner.combination import KINDS, MAJORITIES
 from runner.errors import Problem
 
 _OF_THE_RUNNER = ("entrypoint", "args")  # inputs that every container action has
@@ -56,9 +57,15 @@ class InputSpec:
 INPUTS: tuple[InputSpec, ...] = (
     InputSpec(
         name="adapter-path",
-        description="Adapter to merge: a local folder, or owner/name[@revision] on the Hub.",
+        description="Adapter to merge: a local folder, or owner/name[@revision] on the Hub; or several, one a line, "
+        "each with its weight behind it.",
         required=True,
+        multiline=True,
     ),
+    InputSpec(name="combination", description="How several adapters become one.", choices=KINDS),
+    InputSpec(name="combination-density", description="Share of each adapter's values to keep, in (0, 1]."),
+    InputSpec(name="combination-seed", description="Seed of dare's random choice; else 0."),
+    InputSpec(name="combination-majority-sign", description="How ties elects a sign; else total.", choices=MAJORITIES),
     InputSpec(name="target-repo", description="Repository to publish to, owner/name; created if absent."),
     InputSpec(
         name="base-model", description="Base model: a local folder, or owner/name[@revision]; else the adapter's."

@@ -83,7 +83,8 @@ class Story:
             self.record.merged_digest = digest_of(released(digest_folder(merged)))
         return Job(
             base=base,
-            adapter=resolved.adapter.root,
+            adapters=tuple(adapter.root for adapter in resolved.adapters),
+            combination=self.inputs.combination,
             merged=merged or self.work / "merged",
             merges=self.inputs.mode == "publish",
             verifies=self.inputs.mode != "plan",

@@ -17,6 +17,7 @@ from typing import TextIO
 
 import torch
 
+from runner.combination import Several
 from runner.errors import EXIT_CANCELLED, RunnerError
 from runner.events import Event, Failed, Job, Judged, Merged, PhaseStarted, Planned, Progress, Ready, decode_job, encode
 from runner.merge import merge
@@ -57,7 +58,7 @@ def run(job: Job, emit: Emit) -> None:
         RunnerError: see the rooms that do the work.
     """
     emit(PhaseStarted(phase="plan"))
-    prepared = prepare(job.base, job.adapter, dtype=job.dtype)
+    prepared = prepare(job.base, *job.adapters, dtype=job.dtype, combination=job.combination)
     plan = prepared.plan
     emit(Planned(summary=plan.summary))
     if job.merges:
@@ -71,7 +72,9 @@ def run(job: Job, emit: Emit) -> None:
         torch.set_num_threads(os.cpu_count() or 1)
         verdict = judge(
             base=job.base,
-            adapter=job.adapter,
+            adapter=job.adapters[0]
+            if job.combination is None
+            else Several(paths=job.adapters, combination=job.combination),
             merged=job.merged,
             dtype=job.dtype,
             prompts=job.prompts,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from runner.checkpoint.names import map_names
 from runner.verify.models import LOAD_ERRORS, is_transposed, model_class, quiet, unbuildable
@@ -41,12 +41,7 @@ def read_blueprint(root: Path, names: Sequence[str]) -> Blueprint:
     Raises:
         BrokenCheckpoint: transformers cannot build the model class.
     """
-    try:
-        config = AutoConfig.from_pretrained(str(root), trust_remote_code=False)
-        with torch.device("meta"), quiet():
-            model = model_class(root)._from_config(config)
-    except LOAD_ERRORS as error:
-        raise unbuildable(error) from error
+    model = empty_model(root)
     found = map_names(model, names)
     modules = dict(model.named_modules())
     return Blueprint(
@@ -57,3 +52,18 @@ def read_blueprint(root: Path, names: Sequence[str]) -> Blueprint:
         transposed=frozenset(path for path, module in modules.items() if is_transposed(module)),
         embeddings=frozenset(path for path, module in modules.items() if isinstance(module, nn.Embedding)),
     )
+
+
+def empty_model(root: Path) -> PreTrainedModel:
+    """Return the model of the checkpoint in `root` on the meta device; reads config.json only.
+
+    Raises:
+        BrokenCheckpoint: transformers cannot build the model class.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(root), trust_remote_code=False)
+        with torch.device("meta"), quiet():
+            model: PreTrainedModel = model_class(root)._from_config(config)
+    except LOAD_ERRORS as error:
+        raise unbuildable(error) from error
+    return model

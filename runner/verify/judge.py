@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner.checkpoint.layout import Checkpoint, read_checkpoint
+from runner.combination import Several
 from runner.errors import CheckpointError
 from runner.verify.blueprint import read_blueprint
+from runner.verify.combined import as_one
 from runner.verify.models import Unmerged, load_base, load_unmerged
 from runner.verify.modules import LIMIT, Probe, probe_modules
 from runner.verify.outputs import NEW_TOKENS, judge_outputs
@@ -60,7 +62,7 @@ class _Case:
 def judge(
     *,
     base: Path,
-    adapter: Path,
+    adapter: Path | Several,
     merged: Path,
     dtype: str,
     prompts: Sequence[str] = (),
@@ -72,7 +74,7 @@ def judge(
 
     Args:
         base: folder of the base checkpoint.
-        adapter: folder of the adapter.
+        adapter: folder of the adapter; or several, and how they are combined.
         merged: folder to be judged.
         dtype: what the merge was asked for: "auto" (each tensor keeps its own), "bfloat16", "float16", "float32".
         prompts: the user's; texts, or chats as the JSON object {"messages": [...]}.
@@ -97,8 +99,10 @@ def judge(
     else:
         findings.checks.append(Check(layer=Layer.STRUCTURE, name=READABLE, outcome=Outcome.PASS))
         say("loading base and adapter", 0.02)
-        case = _prepare(base_checkpoint, adapter, merged_checkpoint, dtype)
-        _judge_case(findings, case, prompts=prompts, seed=seed, device=device, say=say)
+        with as_one(adapter, base) as one:
+            findings.checks.extend(one.checks)
+            case = _prepare(base_checkpoint, one.root, merged_checkpoint, dtype)
+            _judge_case(findings, case, prompts=prompts, seed=seed, device=device, say=say)
     say("judged", 1.0)
     checks = tuple(findings.checks)
     return Verdict(

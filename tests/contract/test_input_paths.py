@@ -19,13 +19,15 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_reference_is_a_folder_if_it_looks_like_one_or_is_one(workspace: Path) -> None:
     (workspace / "out" / "adapter").mkdir(parents=True)
 
-    assert read({"adapter-path": "out/adapter"}).adapter == RepoRef(path=workspace / "out/adapter")
-    assert read({"adapter-path": "./out/adapter"}).adapter.path == workspace / "out/adapter"
-    assert read({"adapter-path": str(workspace / "out")}).adapter.path == workspace / "out"
-    assert read({"adapter-path": "~/adapter"}, HOME=str(workspace / "out")).adapter.path == workspace / "out/adapter"
-    assert read({"adapter-path": "out/other"}).adapter == RepoRef(repo_id="out/other")
-    assert read({"adapter-path": "out/other@v1/x"}).adapter == RepoRef(repo_id="out/other", revision="v1/x")
-    assert read({"adapter-path": "out/other@v1/x"}).adapter.display == "out/other@v1/x"
+    assert read({"adapter-path": "out/adapter"}).adapters[0] == RepoRef(path=workspace / "out/adapter")
+    assert read({"adapter-path": "./out/adapter"}).adapters[0].path == workspace / "out/adapter"
+    assert read({"adapter-path": str(workspace / "out")}).adapters[0].path == workspace / "out"
+    assert (
+        read({"adapter-path": "~/adapter"}, HOME=str(workspace / "out")).adapters[0].path == workspace / "out/adapter"
+    )
+    assert read({"adapter-path": "out/other"}).adapters[0] == RepoRef(repo_id="out/other")
+    assert read({"adapter-path": "out/other@v1/x"}).adapters[0] == RepoRef(repo_id="out/other", revision="v1/x")
+    assert read({"adapter-path": "out/other@v1/x"}).adapters[0].display == "out/other@v1/x"
 
 
 @pytest.mark.parametrize("value", ["./missing", "/missing/folder", "~/missing", "../missing"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from runner.combination import KINDS, MAJORITIES, PRUNING
 from runner.errors import InputError, Problem
 from runner.inputs import INPUTS, Inputs, RepoRef, given_secrets, parse, usage, wants_help
 
@@ -169,7 +170,7 @@ def test_a_misspelt_variable_is_told_outside_github_only(workspace: Path) -> Non
 
 
 @pytest.mark.parametrize("value", ["a\tb", "a\nb", "a\x00b", "a\x1b[31mb", "a\u202eb", "a\udcffb"])
-@pytest.mark.parametrize("name", ["adapter-path", "target-repo", "tag", "report-dir"])
+@pytest.mark.parametrize("name", ["base-model", "target-repo", "tag", "report-dir"])
 def test_refuses_control_characters_in_a_line(name: str, value: str) -> None:
     assert f"`{name}` holds" in only_problem({name: value})
 
@@ -187,12 +188,18 @@ def test_refuses_other_booleans(value: str) -> None:
 
 
 def test_every_choice_is_taken_and_another_refused() -> None:
+    several = {"adapter-path": "a/b\na/c"}
+    needs: dict[str, dict[str, str]] = {
+        "verify": {"merged-path": "a/m"},
+        **{kind: {**several, "combination-density": "0.5" if kind in PRUNING else ""} for kind in KINDS},
+        **{sign: {**several, "combination": "ties", "combination-density": "1"} for sign in MAJORITIES},
+    }
     for spec in INPUTS:
         for choice in spec.choices:
-            merged = {"merged-path": "a/m" if choice == "verify" else ""}
-            assert read({spec.name: choice, **merged}).public()[spec.name] == choice
+            assert read({**needs.get(choice, {}), spec.name: choice}).public()[spec.name] == choice
         if spec.choices:
-            assert f"`{spec.name}` is 'nope'" in only_problem({spec.name: "nope"})
+            context = needs.get(spec.choices[0], {})
+            assert f"`{spec.name}` is 'nope'" in only_problem({**context, spec.name: "nope"})
 
 
 def test_the_base_revision_goes_with_the_base_model(workspace: Path) -> None:

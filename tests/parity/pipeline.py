@@ -5,12 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from runner.checkpoint.digests import MergedCheckpoint
+from runner.combination import Several
 from runner.merge import merge
 from runner.plan import Plan
 from runner.prepare import prepare
 
 
-def run_merge(base: Path, adapter: Path, merged: Path, *, dtype: str = "auto") -> tuple[Plan, MergedCheckpoint]:
+def run_merge(
+    base: Path, adapter: Path | Several, merged: Path, *, dtype: str = "auto"
+) -> tuple[Plan, MergedCheckpoint]:
     """Return the plan and the finished merge of `adapter` into `base`."""
-    prepared = prepare(base, adapter, dtype=dtype)
+    if isinstance(adapter, Several):
+        prepared = prepare(base, *adapter.paths, dtype=dtype, combination=adapter.combination)
+    else:
+        prepared = prepare(base, adapter, dtype=dtype)
     return prepared.plan, merge(prepared, into=merged)

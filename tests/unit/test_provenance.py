@@ -7,11 +7,13 @@ import math
 import socket
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from runner.checkpoint.digests import FileDigest, digest_of
-from runner.provenance import adapter_digest, base_digest, manifest, quality_numbers, rounded
+from runner.combination import Combination
+from runner.provenance import AdapterOrigin, adapter_digest, base_digest, manifest, quality_numbers, rounded
 from runner.verify.verdict import Check, Layer, Outcome, Quality, Status
 from tests.publish.world import FACTS, origin, verdict
 
@@ -36,9 +38,42 @@ QUALITY = Quality(
 )
 
 
+SEVERAL = replace(
+    origin(),
+    more_adapters=(AdapterOrigin(repo_id="o/second", commit="2" * 40, digest="3" * 64),),
+    combination=Combination(kind="dare_ties", weights=(1.0, -0.5), density=0.5, seed=1, majority_sign="total"),
+)
+
+
 @pytest.mark.parametrize("field", [field.name for field in fields(origin())])
 def test_every_field_of_the_origin_changes_the_input_digest(field: str) -> None:
-    assert replace(origin(), **{field: "other"}).input_digest() != origin().input_digest()
+    other: Any = {"more_adapters": (), "combination": Combination(kind="cat", weights=(1.0, -0.5))}.get(field, "other")
+
+    assert replace(SEVERAL, **{field: other}).input_digest() != SEVERAL.input_digest() != origin().input_digest()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"weights": (1.0, 0.5)}, {"density": 0.6}, {"seed": 2}, {"majority_sign": "frequency"}, {"kind": "dare_linear"}],
+)
+def test_every_part_of_the_combination_changes_the_input_digest(change: dict[str, Any]) -> None:
+    assert SEVERAL.combination is not None
+    other = replace(SEVERAL, combination=replace(SEVERAL.combination, **change))
+
+    assert other.input_digest() != SEVERAL.input_digest()
+
+
+def test_the_manifest_names_every_adapter_with_its_weight() -> None:
+    document = json.loads(manifest(SEVERAL, FACTS, verdict(), FILES))
+
+    assert [adapter["weight"] for adapter in document["adapters"]] == [1.0, -0.5]
+    assert document["adapters"][0]["digest"] == document["adapter"]["digest"] == SEVERAL.adapter_digest
+    assert document["adapters"][1] == {"repo_id": "o/second", "commit": "2" * 40, "digest": "3" * 64, "weight": -0.5}
+    assert document["adapters_digest"] == SEVERAL.digest_of_adapters
+    assert document["combination"] == {
+        "kind": "dare_ties", "density": 0.5, "seed": 1, "majority_sign": "total",
+    }  # fmt: skip
+    assert "combination" not in json.loads(manifest(origin(), FACTS, verdict(), FILES))
 
 
 def test_the_input_digest_is_stable() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.checkpoint.digests import FileDigest, MergedCheckpoint
+from runner.combination import Combination
 from runner.errors import AdapterMismatch, Problem, RunnerError, rebuild
 from runner.events import Failed, Job, Judged, Merged, Progress, decode, decode_job, encode
 from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
@@ -50,8 +51,8 @@ def test_any_text_and_number_survives_the_pipe(phase: str, done: float, doing: s
 
 def test_a_job_survives_the_pipe() -> None:
     job = Job(
-        base=Path("b"), adapter=Path("a"), merged=Path("m"), merges=True, verifies=False, dtype="auto", device="cpu",
-        prompts=("one", "two"), seed=3,
+        base=Path("b"), adapters=(Path("a"), Path("c")), combination=Combination(kind="cat", weights=(1.0, -0.5)),
+        merged=Path("m"), merges=True, verifies=False, dtype="auto", device="cpu", prompts=("one", "two"), seed=3,
     )  # fmt: skip
 
     assert decode_job(encode(job)) == job
