@@ -13,7 +13,8 @@ import yaml
 
 from runner.inherited import Inherited
 from runner.markdown import code, escape, table
-from runner.provenance import MANIFEST, MergeFacts, Origin, quality_numbers, rounded
+from runner.pictures import Picture
+from runner.provenance import MANIFEST, REPORT_FOLDER, MergeFacts, Origin, quality_numbers, rounded
 from runner.verify.verdict import Check, Quality, Status, Verdict
 
 OWN_TAG = "lora-merge"
@@ -43,6 +44,7 @@ class CardFacts:
         facts: what the merge did.
         merged_digest: of the files of the merged folder.
         verdict: what the judge said.
+        pictures: of the verdict, which lie beside the card.
         inherited: metadata of base and adapter.
     """
 
@@ -52,6 +54,7 @@ class CardFacts:
     facts: MergeFacts
     merged_digest: str
     verdict: Verdict
+    pictures: tuple[Picture, ...] = ()
     inherited: Inherited
 
 
@@ -77,6 +80,7 @@ def make_card(facts: CardFacts) -> bytes:
         _use(facts),
         "## Verification",
         _verification(facts.verdict),
+        *(f"![{escape(picture.title)}]({REPORT_FOLDER}{picture.name}.png)" for picture in facts.pictures),
         "## Provenance",
         _provenance(facts),
         "## Check it yourself",

@@ -22,7 +22,7 @@ from runner.verify.verdict import Check, Quality, Verdict
 SCHEMA_VERSION = 1
 CARD = "README.md"
 MANIFEST = "merge-manifest.json"
-ADDED_AT_PUBLISH = frozenset({CARD, MANIFEST})
+REPORT_FOLDER = "merge-report/"
 SIGNIFICANT_DIGITS = 2
 
 
@@ -109,8 +109,13 @@ class MergeFacts:
 
 
 def released(files: Iterable[FileDigest]) -> tuple[FileDigest, ...]:
-    """Return the files of a merged folder that a release holds as they are: all but the card and the manifest."""
-    return tuple(sorted((file for file in files if file.path not in ADDED_AT_PUBLISH), key=lambda file: file.path))
+    """Return the files of a merged folder that a release holds as they are: all but those added at publish."""
+    return tuple(sorted((file for file in files if not is_added_at_publish(file.path)), key=lambda file: file.path))
+
+
+def is_added_at_publish(path: str) -> bool:
+    """Return whether a file of a release comes on top of the merged folder: card, manifest and pictures."""
+    return path in (CARD, MANIFEST) or path.startswith(REPORT_FOLDER)
 
 
 def adapter_digest(root: Path) -> str:
@@ -231,6 +236,6 @@ def _is_tokenizer_file(path: str) -> bool:
 
 
 def _is_base_file(path: str) -> bool:
-    if any(part.startswith(".") for part in path.split("/")) or path == CARD:
+    if any(part.startswith(".") for part in path.split("/")) or is_added_at_publish(path):
         return False
     return path.endswith(".safetensors") or not path.endswith(WEIGHT_SUFFIXES)

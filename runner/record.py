@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from runner.checkpoint.digests import MergedCheckpoint
 from runner.errors import Problem
 from runner.inputs import Inputs
+from runner.pictures import Picture
 from runner.plan import PlanSummary
 from runner.provenance import Origin
 from runner.publish import Release
@@ -27,6 +28,7 @@ class Record:
     merged: MergedCheckpoint | None = None
     merged_digest: str | None = None
     verdict: Verdict | None = None
+    pictures: tuple[Picture, ...] = ()
     release: Release | None = None
     problems: tuple[Problem, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
@@ -60,6 +62,7 @@ class Record:
             plan=self.plan,
             merged=self.merged,
             verdict=self.verdict,
+            pictures=self.pictures,
             release=self.release,
             base_revision=origin.base_commit if origin else None,
             adapter_digest=origin.digest_of_adapters if origin else None,

@@ -16,6 +16,7 @@ from pathlib import Path
 from runner import summary
 from runner.checkpoint.digests import MergedCheckpoint
 from runner.errors import Problem, RunnerError
+from runner.pictures import Picture, picture_files
 from runner.plan import PlanSummary
 from runner.summary import Published
 from runner.verify.verdict import PASSED, Check, Layer, Outcome, Status, Verdict
@@ -34,6 +35,7 @@ class Report:
         plan: what was to be done.
         merged: what was written.
         verdict: what the judge found.
+        pictures: of the verdict.
         release: what is on the Hub.
         base_revision: commit of the base, 40 hex digits; None for a local folder.
         adapter_digest: of the adapter's files, 64 hex digits.
@@ -47,6 +49,7 @@ class Report:
     plan: PlanSummary | None = None
     merged: MergedCheckpoint | None = None
     verdict: Verdict | None = None
+    pictures: tuple[Picture, ...] = ()
     release: Published | None = None
     base_revision: str | None = None
     adapter_digest: str | None = None
@@ -102,8 +105,12 @@ class Report:
         }
         return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
-    def to_markdown(self) -> str:
-        """Return the report for people, the verdict first."""
+    def to_markdown(self, *, has_files: bool = False) -> str:
+        """Return the report for people, the verdict first.
+
+        Args:
+            has_files: whether the pictures lie beside it; a job summary can only link to those of the release.
+        """
         verdict = self.verdict
         parts = ["## LoRA merge"]
         if verdict is not None:
@@ -117,6 +124,7 @@ class Report:
         if verdict is not None:
             parts.append(summary.verdict_section(verdict))
             parts += [summary.quality_section(verdict.quality)] if verdict.quality else []
+            parts += [summary.pictures_section(self.pictures, self.release, inline=has_files)] if self.pictures else []
             parts += [summary.modules_section(verdict.modules)] if verdict.modules else []
             parts += [summary.continuations_section(verdict.continuations)] if verdict.continuations else []
         if self.plan is not None:
@@ -128,17 +136,22 @@ class Report:
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def write(self, report_dir: Path) -> Path:
-        """Write report.json and report.md into `report_dir`, each whole or not at all; return the path of the JSON.
+        """Write report.json, report.md and the pictures into `report_dir`, each whole or not at all.
+
+        Returns:
+            The path of the JSON.
 
         Raises:
             RunnerError: the folder cannot be made or written.
         """
         try:
             made = _make_folders(report_dir)
-            made += [
-                _write(report_dir / MARKDOWN_FILE, self.to_markdown()),
-                _write(report_dir / JSON_FILE, self.to_json()),
-            ]
+            files = {
+                **picture_files(self.pictures),
+                MARKDOWN_FILE: self.to_markdown(has_files=True).encode("utf-8", "replace"),
+                JSON_FILE: self.to_json().encode("utf-8", "replace"),
+            }
+            made += [_write(report_dir / name, content) for name, content in files.items()]
             _give_to_owner(made, like=report_dir if report_dir not in made else made[0].parent)
         except OSError as error:
             raise RunnerError(
@@ -227,11 +240,11 @@ def _give_to_owner(paths: Sequence[Path], *, like: Path) -> None:
             os.chown(path, owner.st_uid, owner.st_gid)
 
 
-def _write(path: Path, text: str) -> Path:
+def _write(path: Path, content: bytes) -> Path:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(text.encode("utf-8", "replace"))
+            file.write(content)
         Path(name).chmod(0o644)  # mkstemp gives 0600, and the runner's user is not ours
         return Path(name).replace(path)
     except BaseException:

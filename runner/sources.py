@@ -104,7 +104,11 @@ INPUTS: tuple[InputSpec, ...] = (
     ),
     InputSpec(name="private", description="Whether a repository that is created is private.", default="true"),
     InputSpec(name="work-dir", description="Folder for the merged files; else a temporary one."),
-    InputSpec(name="report-dir", description="Folder for report.json and report.md.", default="lora-merge-report"),
+    InputSpec(
+        name="report-dir",
+        description="Folder for report.json, report.md and its pictures.",
+        default="lora-merge-report",
+    ),
     InputSpec(name="cache-dir", description="Folder that keeps downloads between runs; else none are kept."),
     InputSpec(
         name="verify-prompts",

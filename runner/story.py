@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.card import CardFacts, make_card
-from runner.checkpoint.digests import digest_folder, digest_of
+from runner.checkpoint.digests import MergedCheckpoint, digest_folder, digest_of
 from runner.errors import LaunchError, PublishError
 from runner.events import Event, Job, Judged, Merged, PhaseStarted, Planned, Progress
 from runner.github import GitHub
@@ -20,6 +20,7 @@ from runner.hub import Target
 from runner.inherited import inherit, read_readme
 from runner.inputs import Inputs
 from runner.launch import Worker
+from runner.pictures import draw, picture_files
 from runner.plan import PlanSummary
 from runner.preflight import (
     Hubs,
@@ -31,9 +32,10 @@ from runner.preflight import (
     open_hubs,
     resolve,
 )  # fmt: skip
-from runner.provenance import MergeFacts, manifest, released
+from runner.provenance import CARD, MANIFEST, REPORT_FOLDER, MergeFacts, manifest, released
 from runner.publish import Release, publish
 from runner.record import Record
+from runner.verify.verdict import Verdict
 
 PROGRESS_EVERY_S = 15.0
 SEED = 0
@@ -75,6 +77,8 @@ class Story:
                 self._check_device(worker)
             worker.give(self._job(resolved, base, merged))
             self._follow(worker)
+        if self.record.verdict is not None:
+            self.record.pictures = draw(self.record.verdict)
         if target is not None:
             self._publish(hubs, target, resolved, base)
 
@@ -169,25 +173,17 @@ class Story:
             tensors_cast=plan.tensors_cast,
             versions=record.versions,
         )
-        card = make_card(
-            CardFacts(
-                repo_id=target.repo_id,
-                tag=self.inputs.tag,
-                origin=resolved.origin,
-                facts=facts,
-                merged_digest=digest_of(released(merged.files)),
-                verdict=verdict,
-                inherited=inherit(read_readme(base), read_readme(resolved.adapter.root)),
-            )
-        )
         with self._phase("publish"):
             record.release = publish(
                 hubs.writing,
                 target=target,
                 folder=merged.root,
                 files=merged.files,
-                manifest=manifest(resolved.origin, facts, verdict, merged.files),
-                card=card,
+                documents={
+                    CARD: self._card(target, resolved, base, facts, verdict, merged),
+                    MANIFEST: manifest(resolved.origin, facts, verdict, merged.files),
+                    **picture_files(record.pictures, under=REPORT_FOLDER),
+                },
                 tag=self.inputs.tag,
                 verdict=verdict,
                 input_digest=resolved.origin.input_digest(),
@@ -198,6 +194,28 @@ class Story:
                 log=self.github.info,
             )
         self.github.info(f"Published {record.release.url}, commit {record.release.commit}.")
+
+    def _card(
+        self,
+        target: Target,
+        resolved: Resolved,
+        base: Path,
+        facts: MergeFacts,
+        verdict: Verdict,
+        merged: MergedCheckpoint,
+    ) -> bytes:
+        return make_card(
+            CardFacts(
+                repo_id=target.repo_id,
+                tag=self.inputs.tag or "",
+                origin=resolved.origin,
+                facts=facts,
+                merged_digest=digest_of(released(merged.files)),
+                verdict=verdict,
+                pictures=self.record.pictures,
+                inherited=inherit(read_readme(base), read_readme(resolved.adapter.root)),
+            )
+        )
 
     def _upload_progress(self) -> Callable[[int, int], None]:
         started = shown = time.monotonic()

@@ -8,7 +8,9 @@ from typing import Protocol
 
 from runner.errors import Problem
 from runner.markdown import block, code, details, escape, table
+from runner.pictures import Picture
 from runner.plan import PlanSummary
+from runner.provenance import REPORT_FOLDER
 from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
 
 WORST_MODULES = 5
@@ -87,10 +89,7 @@ def problems_section(problems: Sequence[Problem]) -> str:
 def release_section(release: Published) -> str:
     """Return where the release is, and how to load it."""
     state = "Published" if release.created else "Already published, nothing was changed"
-    # Only an address of the Web becomes a link; angle brackets keep everything else in it literal.
-    is_address = release.url.startswith(("https://", "http://")) and not set(release.url) & set(" <>\n|\\")
-    name = f"{code(release.repo_id)} at tag {code(release.tag)}"
-    place = f"[{name}](<{release.url}>)" if is_address else name
+    place = _link(f"{code(release.repo_id)} at tag {code(release.tag)}", release.url)
     load = f'AutoModelForCausalLM.from_pretrained("{release.repo_id}", revision="{release.tag}")'
     return f"{state}: {place}, commit {code(release.commit)}\n\n{block(load)}"
 
@@ -122,6 +121,24 @@ def quality_section(quality: Quality) -> str:
     ]
     note = f"Over {quality.tokens} tokens; unmerged loss {number(quality.nll_unmerged_nats)}. Reported, gates nothing."
     return "\n\n".join(["### Quality", table(("", "Merged", "Base"), rows), note])
+
+
+def pictures_section(pictures: Sequence[Picture], release: Published | None, *, inline: bool) -> str:
+    """Return the pictures with their texts.
+
+    Args:
+        pictures: of the verdict.
+        release: where they lie on the Hub; None where nothing was published.
+        inline: show them from the folder of this Markdown; else link to the release, or say where they are.
+    """
+    lines = []
+    for picture in pictures:
+        shown = f"![{escape(picture.title)}]({picture.name}.png)\n\n" if inline else ""
+        lines.append(f"{shown}{escape(picture.text)}")
+    where = _link("Pictures in the release", f"{release.url}/{REPORT_FOLDER}") if release else ""
+    told = where or ("" if inline else "The pictures lie in `report-dir`.")
+    body = "\n\n".join([told, *lines] if told else lines)
+    return f"### Pictures\n\n{body}" if inline else details("Pictures", body)
 
 
 def modules_section(modules: Sequence[ModuleRow]) -> str:
@@ -170,6 +187,12 @@ def timings_section(phases: Iterable[tuple[str, float]]) -> str:
     """Return how long each phase took, as a folded table."""
     rows = [(escape(name), duration(seconds)) for name, seconds in phases]
     return details("Timings", table(("Phase", "Time"), rows)) if rows else ""
+
+
+def _link(text: str, url: str) -> str:
+    # Only an address of the Web becomes a link; angle brackets keep everything else in it literal.
+    is_address = url.startswith(("https://", "http://")) and not set(url) & set(" <>\n|\\")
+    return f"[{text}](<{url}>)" if is_address else text
 
 
 def _check_row(check: Check) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from runner.checkpoint.digests import FileDigest, digest_of
 from runner.companions import WEIGHT_SUFFIXES
 from runner.errors import PublishError
 from runner.hub import RemoteFile, Tree
-from runner.provenance import CARD, MANIFEST, released
+from runner.provenance import CARD, REPORT_FOLDER, is_added_at_publish, released
 
 SERVER_OWNED = ".gitattributes"  # the Hub adds rules to it in the commit that needs them
 _LOADED_SUFFIXES = (*WEIGHT_SUFFIXES, ".json", ".model", ".jinja", ".py")
@@ -87,13 +87,15 @@ class Contents:
     def is_adoptable(self, tree: Tree, manifest: Mapping[str, Any] | None) -> bool:
         """Return whether `tree` is this release from a run that did not come to its tag.
 
-        All carried files are equal and nothing is stale. Card and manifest may differ in measured numbers, which
-        depend on the processor, as long as the manifest names the same inputs and outputs.
+        All carried files are equal and nothing is stale. Card, manifest and pictures may differ in measured numbers,
+        which depend on the processor, as long as the manifest names the same inputs and outputs.
         """
         if manifest is None or CARD not in tree or self.stale(tree, manifest):
             return False
         same = manifest.get("input_digest") == self.input_digest and manifest.get("merged_digest") == self.merged_digest
-        return same and all(self.is_same(path, tree.get(path)) for path in self.by_path if path not in (CARD, MANIFEST))
+        return same and all(
+            self.is_same(path, tree.get(path)) for path in self.by_path if not is_added_at_publish(path)
+        )
 
     def stale(self, tree: Tree, manifest: Mapping[str, Any] | None) -> tuple[str, ...]:
         """Return the files of `tree` that must go: a loader would read them, or an earlier release brought them."""
@@ -102,13 +104,15 @@ class Contents:
             sorted(
                 path
                 for path in tree
-                if path not in self.by_path and path != SERVER_OWNED and (path in earlier or _is_loaded(path))
+                if path not in self.by_path
+                and path != SERVER_OWNED
+                and (path in earlier or path.startswith(REPORT_FOLDER) or _is_loaded(path))
             )
         )
 
 
-def gather(folder: Path, files: Iterable[FileDigest], *, card: bytes, manifest: bytes, input_digest: str) -> Contents:
-    """Return the release that consists of a merged folder, its card and its manifest.
+def gather(folder: Path, files: Iterable[FileDigest], *, documents: Mapping[str, bytes], input_digest: str) -> Contents:
+    """Return the release that consists of a merged folder and the documents that go with it.
 
     Raises:
         PublishError: a file is missing, or its size is not what it was when it was judged.
@@ -120,7 +124,7 @@ def gather(folder: Path, files: Iterable[FileDigest], *, card: bytes, manifest: 
         if not source.is_file() or source.stat().st_size != file.size_bytes:
             raise changed(file.path)
         by_path[file.path] = Content(file=file, source=source)
-    for path, content in ((CARD, card), (MANIFEST, manifest)):
+    for path, content in documents.items():
         digest = hashlib.sha256(content).hexdigest()
         by_path[path] = Content(file=FileDigest(path=path, size_bytes=len(content), sha256=digest), source=content)
     return Contents(by_path=by_path, input_digest=input_digest, merged_digest=digest_of(carried))

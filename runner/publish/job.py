@@ -36,8 +36,7 @@ def publish(  # noqa: PLR0913 (all by name; each is a fact that only the caller 
     target: Target,
     folder: Path,
     files: tuple[FileDigest, ...],
-    manifest: bytes,
-    card: bytes,
+    documents: Mapping[str, bytes],
     tag: str,
     verdict: Verdict,
     input_digest: str,
@@ -54,8 +53,7 @@ def publish(  # noqa: PLR0913 (all by name; each is a fact that only the caller 
         target: what the preflight found; its refs are read again.
         folder: the merged folder.
         files: its files, with the digests that were taken while they were written.
-        manifest: merge-manifest.json.
-        card: README.md.
+        documents: by path: README.md, merge-manifest.json, and what lies in `merge-report/`.
         tag: name of the release.
         verdict: must have passed.
         input_digest: of the manifest.
@@ -77,7 +75,7 @@ def publish(  # noqa: PLR0913 (all by name; each is a fact that only the caller 
             why="Only a merge that passed is published. Nothing was written to the Hub.",
             fix="Read the report for the check that failed.",
         )
-    contents = gather(folder, files, card=card, manifest=manifest, input_digest=input_digest)
+    contents = gather(folder, files, documents=documents, input_digest=input_digest)
     job = _Job(
         hub=hub,
         target=target,

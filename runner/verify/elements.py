@@ -8,7 +8,7 @@ output dtype was asked for, the base's values rounded once. There is no other to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,6 +16,9 @@ import torch
 from runner.checkpoint.layout import TensorInfo
 from runner.verify.exact import Exact
 from runner.verify.tensors import FLOATS, read_bytes, read_rows, round_to, row_blocks, row_count, same_bits, ulp
+from runner.verify.verdict import ERROR_BIN_ULPS, ERROR_BINS
+
+SAMPLE_ELEMENTS = 1 << 16  # of each tensor, for the histogram of rounding errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,7 @@ class Comparison:
         kept: Σ (W' − W)·Δ.
         delta_squared: Σ Δ².
         base_squared: Σ W².
+        errors: |x' − E| in ulp over a sample of the elements, counted in the bins of `verdict.ERROR_BINS`.
     """
 
     violations: int = 0
@@ -62,6 +66,7 @@ class Comparison:
     kept: float = 0.0
     delta_squared: float = 0.0
     base_squared: float = 0.0
+    errors: list[int] = field(default_factory=lambda: [0] * ERROR_BINS)
 
     @property
     def retention(self) -> float:
@@ -104,6 +109,8 @@ def compare_touched(found: Stored, exact: Exact, base: Stored | None) -> Compari
         result.elements += wanted.numel()
         stored = stored.view(wanted.shape)
         _compare_block(result, found.info, exact, start, wanted, stored)
+        if start == 0:
+            _count_errors(result, found.info.dtype, wanted, stored)
         if base is not None:
             _measure_delta(result, wanted, stored, base.rows(start, stop).view(wanted.shape))
     return result
@@ -194,6 +201,14 @@ def _record(result: Comparison, info: TensorInfo, start: int, block: _Block) -> 
             found=float(block.found.flatten()[flat]),
             ulps=distance,
         )
+
+
+def _count_errors(result: Comparison, dtype: str, wanted: torch.Tensor, stored: torch.Tensor) -> None:
+    step = max(1, wanted.numel() // SAMPLE_ELEMENTS)
+    exact, found = wanted.flatten()[::step], stored.flatten()[::step].double()
+    ulps = (found - exact).abs() / ulp(exact, dtype)
+    bins = (ulps[torch.isfinite(ulps)] / ERROR_BIN_ULPS).clamp(max=ERROR_BINS - 1).to(torch.int64)
+    result.errors = torch.bincount(bins, minlength=ERROR_BINS).tolist()
 
 
 def _measure_delta(result: Comparison, wanted: torch.Tensor, stored: torch.Tensor, base: torch.Tensor) -> None:

@@ -42,6 +42,7 @@ class _Findings:
 
     checks: list[Check] = field(default_factory=list)
     modules: tuple[ModuleRow, ...] = ()
+    rounding_errors: tuple[int, ...] = ()
     quality: Quality | None = None
     continuations: tuple[Continuation, ...] = ()
 
@@ -109,6 +110,7 @@ def judge(
         status=decide(checks),
         checks=checks,
         modules=findings.modules,
+        rounding_errors=findings.rounding_errors,
         quality=findings.quality,
         continuations=findings.continuations,
         seed=seed,
@@ -175,6 +177,7 @@ def _judge_case(
     probes = tuple(probe_modules(case.unmerged, case.sources, seed))
     findings.checks.extend(_semantics(probes, case.unmerged))
     findings.modules = _rows(case, storage, probes)
+    findings.rounding_errors = storage.rounding_errors
     say("end to end", 0.4)
     questions = make_questions(
         case.merged.root, rows=_embedding_rows(case), max_tokens=_max_tokens(case), prompts=prompts, seed=seed

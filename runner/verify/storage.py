@@ -60,6 +60,11 @@ class Storage:
         return kept / delta if delta > 0 else 1.0
 
     @property
+    def rounding_errors(self) -> tuple[int, ...]:
+        """Over all touched tensors; see `Verdict.rounding_errors`."""
+        return tuple(map(sum, zip(*(result.errors for result in self.comparisons.values()), strict=True)))
+
+    @property
     def has_delta(self) -> bool:
         """Whether the adapter changes any weight that the base has."""
         return any(result.delta_squared > 0 for result in self.comparisons.values())

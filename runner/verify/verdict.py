@@ -18,6 +18,10 @@ class Status(StrEnum):
     NOT_VERIFIED = "NOT_VERIFIED"  # a gating layer did not run
 
 
+# Rounding errors are counted in bins of this width; the last bin holds what is beyond half an ulp.
+ERROR_BIN_ULPS = 0.05
+ERROR_BINS = 11
+
 PASSED = (Status.PASS, Status.PASS_LOSSY)  # what may be published
 
 
@@ -129,6 +133,8 @@ class Verdict:
         status: decided by `decide` from the checks.
         checks: in the order in which they ran.
         modules: one row per changed module.
+        rounding_errors: |stored − E| over a sample of all touched elements, counted in `ERROR_BINS` bins of
+            `ERROR_BIN_ULPS` units in the last place each; the last one is open. Empty where nothing was compared.
         quality: None where the outputs were not compared.
         continuations: for the human reader.
         seed: of all random probes and prompts.
@@ -138,6 +144,7 @@ class Verdict:
     status: Status
     checks: tuple[Check, ...]
     modules: tuple[ModuleRow, ...]
+    rounding_errors: tuple[int, ...] = ()
     quality: Quality | None
     continuations: tuple[Continuation, ...]
     seed: int

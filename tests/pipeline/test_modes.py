@@ -44,6 +44,7 @@ def test_publishes_one_commit_and_one_tag_and_finds_them_again(action: Action, b
     target = _target(action)
 
     first = action.run(*_flags(base, adapter, target))
+    told = (action.folder / "report" / "report.md").read_text()
     again = action.run(*_flags(base, adapter, target))
 
     assert first.code == 0, first.log
@@ -58,6 +59,12 @@ def test_publishes_one_commit_and_one_tag_and_finds_them_again(action: Action, b
     manifest = json.loads(repo.read("merge-manifest.json", "v1.0.0"))
     assert manifest["merged_digest"] == first.outputs["merged-digest"]
     assert manifest["adapter"]["digest"] == first.outputs["adapter-digest"]
+    pictures = {path for path in repo.tree("v1.0.0") if path.startswith("merge-report/")}
+    assert "merge-report/retention.png" in pictures
+    card = repo.read("README.md", "v1.0.0").decode()
+    assert all(path in card for path in pictures if path.endswith(".png"))
+    assert {f"merge-report/{path.name}" for path in (action.folder / "report").glob("*.[ps][nv]g")} == pictures
+    assert "](retention.png)" in told
     assert set(repo.tree("v1.0.0")) >= {"README.md", "config.json", "model.safetensors.index.json"}
 
 
@@ -122,6 +129,7 @@ def _released(action: Action, target: str, folder: Path) -> Path:
     assert repo is not None
     folder.mkdir()
     for path in repo.tree("v1.0.0"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(repo.read(path, "v1.0.0"))
     return folder
 

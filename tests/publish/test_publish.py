@@ -137,6 +137,17 @@ def test_a_second_release_removes_stale_files_in_the_same_commit(world: World, t
     assert world.tags() == {"v1.0.0": first.commit, "v2.0.0": second.commit}
 
 
+def test_the_pictures_of_an_earlier_release_go_in_the_same_commit(world: World, tmp_path: Path) -> None:
+    world.publish(pictures={"merge-report/old.png": b"1", "merge-report/both.png": b"2"})
+    world.origin = origin("b" * 64)
+
+    world.publish(tag="v2", pictures={"merge-report/both.png": b"3"})
+
+    assert "merge-report/old.png" in world.paths("v1.0.0")
+    assert {path for path in world.paths("v2") if path.startswith("merge-report/")} == {"merge-report/both.png"}
+    assert world.commits() == 2
+
+
 def test_unchanged_shards_are_not_sent_again(world: World, tmp_path: Path) -> None:
     world.publish()
     folder = make_folder(tmp_path / "again")
@@ -190,8 +201,7 @@ def test_refuses_a_file_that_shrank_after_it_was_judged(world: World) -> None:
             target=hub.inspect_target(REPO, "v1"),
             folder=world.folder,
             files=files,
-            manifest=b"{}",
-            card=CARD,
+            documents={"README.md": CARD, "merge-manifest.json": b"{}"},
             tag="v1",
             verdict=verdict(),
             input_digest="0" * 64,
@@ -212,8 +222,7 @@ def test_a_file_changed_in_place_after_it_was_judged_is_never_tagged(world: Worl
             target=hub.inspect_target(REPO, "v1"),
             folder=world.folder,
             files=files,
-            manifest=b"{}",
-            card=CARD,
+            documents={"README.md": CARD, "merge-manifest.json": b"{}"},
             tag="v1",
             verdict=verdict(),
             input_digest="0" * 64,

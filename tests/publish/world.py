@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runner import provenance
 from runner.checkpoint.digests import digest_folder
 from runner.hub import Hub, Patience, connect
 from runner.provenance import MergeFacts, Origin, manifest
@@ -83,6 +84,7 @@ class World:
         on_existing_tag: OnExistingTag = "fail",
         judged: Verdict | None = None,
         card: bytes = CARD,
+        pictures: Mapping[str, bytes] | None = None,
         before: Callable[[], Any] | None = None,
         **more: Any,
     ) -> Release:
@@ -101,8 +103,11 @@ class World:
             target=target,
             folder=self.folder,
             files=files,
-            manifest=manifest(self.origin, FACTS, judged, files),
-            card=card,
+            documents={
+                provenance.CARD: card,
+                provenance.MANIFEST: manifest(self.origin, FACTS, judged, files),
+                **(pictures or {}),
+            },
             tag=tag,
             verdict=judged,
             input_digest=self.origin.input_digest(),

@@ -98,6 +98,25 @@ def test_reports_retention_and_size_of_the_delta(tmp_path: Path) -> None:
     assert result.violations == 64
 
 
+def test_counts_rounding_errors_in_units_in_the_last_place(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(5)
+    base = torch.randn(64, 64, generator=generator).bfloat16()
+    a, b = torch.randn(4, 64, generator=generator), 0.1 * torch.randn(64, 4, generator=generator)
+    exact = base.double() + b.double() @ a.double()
+    once = exact.bfloat16()
+    twice = base + (b @ a).bfloat16()  # the delta rounded first
+    stored = _stored(tmp_path, base=base, once=once, twice=twice)
+    wanted = ExactLowRank(base=stored["base"].rows, shape=(64, 64), a=a, b=b, scaling=1.0)
+
+    right = compare_touched(stored["once"], wanted, stored["base"]).errors
+    wrong = compare_touched(stored["twice"], wanted, stored["base"]).errors
+
+    assert sum(right) == sum(wrong) == 64 * 64
+    assert right[-1] == 0
+    assert min(right[:-1]) > 200  # even, as rounding errors are
+    assert wrong[-1] > 40
+
+
 def test_an_untouched_tensor_may_not_even_change_the_sign_of_zero(tmp_path: Path) -> None:
     base = _stored(tmp_path / "base", w=torch.zeros(4, 4).bfloat16())["w"]
     changed = torch.zeros(4, 4).bfloat16()
