@@ -6,7 +6,7 @@ base's dtype (design decision 1).
 
 Promised: every adapter tensor is placed, exactly as stored, or the run fails and names it.
 Not covered: parameters that transformers computes from several stored tensors (fused experts); touching one is
-refused. Heads that only the adapter has are refused, too.
+refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils.save_and_load import set_peft_model_state_dict
 from safetensors import safe_open
-from torch import nn
 from transformers import PreTrainedModel
 
 from runner.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
@@ -33,6 +32,7 @@ from runner.combination import Combination
 from runner.combined import combine
 from runner.errors import AdapterMismatch, UnsupportedAdapter
 from runner.methods import LAZY_LORA_INITS, LAZY_METHODS, TASK_CLASSES
+from runner.placed import repeats, replaced, untrained, widen
 
 ADAPTER_NAME = "default"
 
@@ -42,14 +42,17 @@ class Attached:
     """A base model with an adapter on it.
 
     Attributes:
-        checkpoint: the base on disk.
+        checkpoint: the base on disk, as the model's class sees it.
         adapters: the adapters on disk; the model holds the one, or what the several were combined to.
-        model: the base's class, its modules wrapped by PEFT where the adapter acts.
+        model: the base's class or that of the adapter's task, its modules wrapped by PEFT where the adapter acts.
         peft_model: PEFT's wrapper around `model`.
         names: stored names of the model's parameters.
         parameters: the base's own parameters and buffers by state-dict key, as they were before PEFT came.
         ties: state-dict key → key of the parameter that it shares.
+        own: keys whose values only the adapter has, such as those of a head of its own.
         replaced: parameters of the base that the adapter (or PEFT, when attaching) gave new values, by key.
+        config_edits: keys of config.json that the adapter's task changes, with their new values.
+        notes: what the user should know, one sentence each.
         is_lazy: whether the parameters are views of files; else they are float32 in memory.
     """
 
@@ -60,7 +63,10 @@ class Attached:
     names: StoredNames
     parameters: Mapping[str, torch.Tensor]
     ties: Mapping[str, str]
+    own: frozenset[str]
     replaced: Mapping[str, torch.Tensor]
+    config_edits: Mapping[str, Any]
+    notes: tuple[str, ...]
     is_lazy: bool
 
     @property
@@ -85,7 +91,7 @@ def attach(checkpoint: Checkpoint, *adapters: Adapter, combination: Combination 
     adapter = adapters[0]
     config = _peft_config(adapter)
     is_lazy = adapter.peft_type in LAZY_METHODS and _init(adapter) in LAZY_LORA_INITS
-    base = open_base(checkpoint, in_memory=not is_lazy)
+    base = open_base(checkpoint, adapter, in_memory=not is_lazy)
     model = base.model
     parameters = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     before = {key: (tensor.data_ptr(), tensor._version) for key, tensor in parameters.items()}
@@ -96,16 +102,20 @@ def attach(checkpoint: Checkpoint, *adapters: Adapter, combination: Combination 
         peft_model = _wrap_several(model, adapters)
         combine(peft_model, combination, into=ADAPTER_NAME)
         placed = {}
-    replaced = _replaced(parameters, before, peft_model, placed)
+    if left := untrained(base.own, placed, ADAPTER_NAME):
+        raise _missing(left[0], adapter)
     return Attached(
-        checkpoint=checkpoint,
+        checkpoint=base.checkpoint,
         adapters=adapters,
         model=model,
         peft_model=peft_model,
         names=base.names,
         parameters=parameters,
         ties=base.ties,
-        replaced=replaced,
+        own=base.own,
+        replaced=replaced(parameters, before, peft_model, placed),
+        config_edits=base.config_edits,
+        notes=base.notes,
         is_lazy=is_lazy,
     )
 
@@ -123,7 +133,7 @@ def _peft_config(adapter: Adapter) -> PeftConfig:
     if adapter.task_type not in TASK_CLASSES:
         raise UnsupportedAdapter(
             f"The adapter's task type is {adapter.task_type!r}.",
-            why="Its head lives only in the adapter; this version merges text models with the base's own head.",
+            why=f"This version knows {', '.join(task for task in TASK_CLASSES if task)}.",
             fix="Release the adapter unmerged for now.",
         )
     try:
@@ -193,7 +203,7 @@ def _load(peft_model: PeftModel, adapter: Adapter, name: str) -> dict[str, torch
     load_state_dict = peft_model.load_state_dict
 
     def recording(state_dict: Mapping[str, torch.Tensor], strict: bool = True) -> Any:
-        placed.update((key, value) for key, value in state_dict.items() if not _repeats(peft_model, key, value, name))
+        placed.update((key, value) for key, value in state_dict.items() if not repeats(peft_model, key, value, name))
         return load_state_dict(state_dict, strict=strict)
 
     # PEFT maps file names to parameters inside this call; listening in on its last step is the only way to learn
@@ -214,18 +224,8 @@ def _load(peft_model: PeftModel, adapter: Adapter, name: str) -> dict[str, torch
     missing = [key for key in result.missing_keys if _must_be_in_file(key, adapter, name)]
     if missing:
         raise _missing(missing[0], adapter)
-    _widen(peft_model, placed)
+    widen(peft_model, placed)
     return placed
-
-
-def _repeats(peft_model: PeftModel, key: str, tensor: torch.Tensor, name: str) -> bool:
-    target = _lookup(peft_model, key)
-    return (
-        target is not None
-        and name not in key.split(".")
-        and target.shape == tensor.shape
-        and torch.equal(target.to(torch.float32), tensor.to(torch.float32))
-    )
 
 
 def _must_be_in_file(key: str, adapter: Adapter, name: str) -> bool:
@@ -233,40 +233,6 @@ def _must_be_in_file(key: str, adapter: Adapter, name: str) -> bool:
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(adapter.peft_type, "")
     is_shared = "vblora_vector_bank" in key or ".tinylora_v." in key or ".unilora_theta_d." in key
     return bool(prefix) and prefix in key and name in key.split(".") and not is_shared
-
-
-def _widen(peft_model: PeftModel, placed: Mapping[str, torch.Tensor]) -> None:
-    # PEFT copies modules_to_save in the base's dtype, which would round a float32 adapter before the merge does.
-    for key, tensor in placed.items():
-        target = _lookup(peft_model, key)
-        if target is not None and target.is_floating_point() and target.dtype.itemsize < tensor.dtype.itemsize:
-            target.data = tensor.clone()
-
-
-def _replaced(
-    parameters: Mapping[str, torch.Tensor],
-    before: Mapping[str, tuple[int, int]],
-    peft_model: PeftModel,
-    placed: Mapping[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    by_id = {id(_lookup(peft_model, key)): tensor for key, tensor in placed.items()}
-    replaced: dict[str, torch.Tensor] = {}
-    for key, parameter in parameters.items():
-        if id(parameter) in by_id:
-            replaced[key] = by_id[id(parameter)]
-        elif (parameter.data_ptr(), parameter._version) != before[key]:
-            replaced[key] = parameter.data
-    return replaced
-
-
-def _lookup(module: nn.Module, key: str) -> torch.Tensor | None:
-    path, _, name = key.rpartition(".")
-    try:
-        owner = module.get_submodule(path)
-    except AttributeError:
-        return None
-    found = owner._parameters.get(name)
-    return found if found is not None else owner._buffers.get(name)
 
 
 def _unplaced(keys: list[str], adapter: Adapter) -> AdapterMismatch:

@@ -1,6 +1,8 @@
 """The base model's class with its parameters as views of the mapped checkpoint: nothing is read, nothing is copied.
 
-Covered: every architecture that transformers has a class for, sharded or not, tied as transformers v5 would tie it.
+Covered: every architecture that transformers has a class for, sharded or not, tied as transformers v5 would tie it;
+adapters that make it another class with a head of their own (`runner.heads`): what only the adapter has gets a
+placeholder, and what that class has no place for is left out of the checkpoint's view.
 Not covered: quantised bases and code that comes with a model (both refused); parameters that transformers computes
 from several stored tensors get an empty placeholder.
 """
@@ -10,17 +12,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from runner.adapter import Adapter
 from runner.checkpoint.layout import Checkpoint
 from runner.checkpoint.names import StoredNames, map_names
+from runner.checkpoint.view import view
 from runner.companions import read_config
 from runner.errors import BrokenCheckpoint, UnsupportedCheckpoint
+from runner.heads import adapter_keys, choose_class, find_labels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,31 +34,65 @@ class Base:
     """A base model whose weights are still on disk.
 
     Attributes:
-        model: of the class that config.json names, in evaluation mode.
+        checkpoint: the base as the merged model's class sees it.
+        model: of the class that config.json names, or of the adapter's task, in evaluation mode.
         names: where each stored tensor went.
         ties: state-dict key → key of the parameter that it shares.
+        own: state-dict keys whose values only the adapter has; placeholders until it is attached.
+        config_edits: keys of config.json with their new values, where the class or its labels are not the base's.
+        notes: what the user should know of it, one sentence each.
     """
 
+    checkpoint: Checkpoint
     model: PreTrainedModel
     names: StoredNames
     ties: Mapping[str, str]
+    own: frozenset[str]
+    config_edits: Mapping[str, Any]
+    notes: tuple[str, ...]
 
 
-def open_base(checkpoint: Checkpoint, *, in_memory: bool) -> Base:
-    """Return the base model of `checkpoint`.
+def open_base(checkpoint: Checkpoint, adapter: Adapter, *, in_memory: bool) -> Base:
+    """Return the base model of `checkpoint`, in the form that `adapter` was trained on.
 
     Args:
         checkpoint: on disk.
+        adapter: says which class and how many labels; nothing of it is loaded.
         in_memory: read all weights into memory as float32 instead of mapping them.
 
     Raises:
         BrokenCheckpoint: config.json and weights contradict each other.
         UnsupportedCheckpoint: a base that this version cannot merge exactly.
+        UnsupportedAdapter: transformers has no class for the adapter's task.
     """
-    model = _empty_model(checkpoint)
+    own_class, config = _own_class(checkpoint)
+    model_class = choose_class(own_class, config, adapter)
+    model = _empty_model(model_class, config)
+    labels = find_labels(model, adapter)
+    edits = dict(labels.edits) if labels else {}
+    if labels is not None and labels.count != config.num_labels:
+        config.num_labels = labels.count
+        model = _empty_model(model_class, config)
+    notes: list[str] = []
+    if model_class is not own_class:
+        edits["architectures"] = [model_class.__name__]
+        left_out = _heads_of(own_class, config, map_names(model, checkpoint.tensors).unknown, checkpoint)
+        checkpoint = view(checkpoint, dropped=left_out)
+        notes.append(_departure(own_class, model_class, left_out))
     names = map_names(model, checkpoint.tensors)
-    _fill(model, checkpoint, names, in_memory=in_memory)
-    return Base(model=model, names=names, ties=_tie(model, names))
+    own = _fill(model, checkpoint, names, adapter_keys(adapter), in_memory=in_memory)
+    ties = _tie(model, names)
+    own |= _hold_places(model, adapter_keys(adapter))
+    _check_whole(model)
+    return Base(
+        checkpoint=checkpoint,
+        model=model,
+        names=names,
+        ties=ties,
+        own=frozenset(own),
+        config_edits=edits,
+        notes=tuple(notes),
+    )
 
 
 def first_line(error: Exception) -> str:
@@ -60,7 +100,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+def _own_class(checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], PretrainedConfig]:
     raw = read_config(checkpoint.root)
     architecture = next(iter(raw.get("architectures") or ()), None)
     model_class = getattr(transformers, str(architecture), None)
@@ -77,24 +117,59 @@ def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
             fix="Use a base whose architecture is part of transformers, or a newer release of this action.",
         )
     try:
-        config = AutoConfig.from_pretrained(str(checkpoint.root), trust_remote_code=False)
+        return model_class, AutoConfig.from_pretrained(str(checkpoint.root), trust_remote_code=False)
+    except (ValueError, OSError, TypeError, AttributeError) as error:
+        raise _unbuildable(model_class, error) from error
+
+
+def _empty_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model: PreTrainedModel = model_class._from_config(config)
     except (ValueError, OSError, TypeError, AttributeError) as error:
-        raise BrokenCheckpoint(
-            f"The model class {architecture} cannot be built from config.json: {first_line(error)}",
-            why="config.json is incomplete, or was written for other code.",
-            fix="Download the base again, or use the revision that its authors name.",
-        ) from error
+        raise _unbuildable(model_class, error) from error
     return model.eval()
 
 
-def _fill(model: PreTrainedModel, checkpoint: Checkpoint, names: StoredNames, *, in_memory: bool) -> None:
+def _unbuildable(model_class: type[PreTrainedModel], error: Exception) -> BrokenCheckpoint:
+    return BrokenCheckpoint(
+        f"The model class {model_class.__name__} cannot be built from config.json: {first_line(error)}",
+        why="config.json is incomplete, or was written for other code.",
+        fix="Download the base again, or use the revision that its authors name.",
+    )
+
+
+def _heads_of(
+    own_class: type[PreTrainedModel], config: PretrainedConfig, unknown: tuple[str, ...], checkpoint: Checkpoint
+) -> tuple[str, ...]:
+    """Return which of the `unknown` tensors belong to the base's own class; what no class knows is kept."""
+    mine = map_names(_empty_model(own_class, config), checkpoint.tensors)
+    known = {*mine.renamed.values(), *(name for names in mine.converted.values() for name in names)}
+    return tuple(name for name in unknown if name in known)
+
+
+def _departure(own: type[PreTrainedModel], new: type[PreTrainedModel], left_out: tuple[str, ...]) -> str:
+    text = f"The adapter was trained on a {new.__name__}: that is what the release is, not a {own.__name__}"
+    if not left_out:
+        return text + "."
+    more = f" and {len(left_out) - 1} more tensors" if left_out[1:] else ""
+    return f"{text}; the base's {left_out[0]}{more} of its own head are left out."
+
+
+def _fill(
+    model: PreTrainedModel, checkpoint: Checkpoint, names: StoredNames, given: Mapping[str, tuple[int, ...]], *,
+    in_memory: bool,
+) -> set[str]:  # fmt: skip
+    """Put views of the stored tensors in place; return the keys that the adapter gives in another shape."""
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     by_file: dict[str, list[tuple[str, str]]] = {}
+    own: set[str] = set()
     for key, stored in names.renamed.items():
         info = checkpoint.tensors[stored]
+        if info.shape != shapes[key] and given.get(key) == shapes[key]:
+            own.add(key)
+            continue
         if info.shape != shapes[key]:
             raise BrokenCheckpoint(
                 f"{stored!r} is stored as {list(info.shape)}, but config.json asks for {list(shapes[key])}.",
@@ -109,6 +184,15 @@ def _fill(model: PreTrainedModel, checkpoint: Checkpoint, names: StoredNames, *,
                 _assign(model, key, view.float() if in_memory and view.is_floating_point() else view)
     for key in names.converted:
         _assign(model, key, torch.zeros((), dtype=torch.bfloat16).expand(shapes[key]))
+    return own
+
+
+def _hold_places(model: PreTrainedModel, given: Mapping[str, tuple[int, ...]]) -> set[str]:
+    """Give zeros to what the base does not store and the adapter brings; return its keys."""
+    empty = {key: tensor for key, tensor in model.state_dict().items() if tensor.is_meta and key in given}
+    for key, tensor in empty.items():
+        _assign(model, key, torch.zeros(tensor.shape, dtype=torch.float32))
+    return set(empty)
 
 
 def _assign(model: nn.Module, key: str, tensor: torch.Tensor) -> None:
@@ -137,11 +221,15 @@ def _tie(model: PreTrainedModel, names: StoredNames) -> dict[str, str]:
             path, _, name = first.rpartition(".")
             model.get_submodule(path)._parameters[name] = model.get_parameter(second)
             ties[first] = second
+    return ties
+
+
+def _check_whole(model: PreTrainedModel) -> None:
     missing = sorted(key for key, tensor in model.state_dict().items() if tensor.is_meta)
     if missing:
         raise BrokenCheckpoint(
             f"The base lacks {missing[0]!r}" + (f" and {len(missing) - 1} more tensors." if len(missing) > 1 else "."),
-            why=f"{type(model).__name__} needs it, and transformers would fill it with random numbers.",
+            why=f"{type(model).__name__} needs it, the adapter does not bring it, and transformers would fill it with "
+            "random numbers.",
             fix="Use a complete checkpoint of this architecture as `base-model`.",
         )
-    return ties

@@ -33,6 +33,7 @@ VOCABULARIES = (
 )
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt", ".pkl", ".npz")
 LEFT_BEHIND = frozenset({"README.md", ".gitattributes", ".gitignore", INDEX_FILE, "adapter_config.json"})
+NESTED = frozenset({"vocab_size", "tie_word_embeddings", "dtype", "torch_dtype"})  # what a text config has of its own
 MAX_COMPANION_BYTES = 200_000_000
 
 
@@ -104,14 +105,15 @@ def copy_companion(companion: Companion, root: Path) -> bytes:
 
 
 def edit_json(content: bytes, edits: Mapping[str, Any]) -> bytes:
-    """Return the JSON object with `edits` applied at the top level and in nested text configs that hold the key.
+    """Return the JSON object with `edits` applied at the top level, `NESTED` ones also where a text config holds them.
 
     Order and all other fields stay; `None` removes a key. A key that is nowhere is added at the top level.
     """
     config = json.loads(content)
-    holders = [config, *(config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict))]
+    inner = [config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict)]
     for key, value in edits.items():
-        owners = [holder for holder in holders if key in holder] or [config]
+        owners = [holder for holder in (config, *inner) if key in holder and (holder is config or key in NESTED)]
+        owners = owners or [config]
         for owner in owners:
             if value is None:
                 owner.pop(key, None)

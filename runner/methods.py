@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peft import PeftModel
-from peft.peft_model import PeftModelForCausalLM, PeftModelForSeq2SeqLM
+from peft.peft_model import (
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
 
 # Methods that do not look at the base's values when they are attached. All others get the base in float32 in
 # memory, because what they derive from it (norms, principal directions) must not be derived from rounded values.
@@ -20,6 +27,9 @@ LAZY_LORA_INITS = (True, False, "gaussian", "orthogonal", "eva", None)
 TASK_CLASSES: Mapping[str | None, type[PeftModel]] = {
     "CAUSAL_LM": PeftModelForCausalLM,
     "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
-    "FEATURE_EXTRACTION": PeftModel,
+    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
+    "SEQ_CLS": PeftModelForSequenceClassification,
+    "TOKEN_CLS": PeftModelForTokenClassification,
+    "QUESTION_ANS": PeftModelForQuestionAnswering,
     None: PeftModel,
 }

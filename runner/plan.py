@@ -8,15 +8,14 @@ tensor is added or changes its dtype.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from runner.checkpoint.index import build_index
 from runner.checkpoint.layout import (
-    INDEX_FILE,
     Checkpoint,
     TensorFile,
     TensorInfo,
@@ -53,17 +52,21 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Added:
-    """A tensor that the base did not store: the other side of a tie that no longer holds.
+    """A tensor that the base did not store: the other side of a tie that no longer holds, or the adapter's own head.
 
     Attributes:
         name: its name in the output.
-        beside: the stored tensor that it was tied to; it goes into the same file and has the same shape.
+        beside: a stored tensor; the new one goes into the same file.
         change: how it is made, or None for a copy of `beside`.
+        dtype: before an output dtype is asked for, as safetensors spells it; None for that of `beside`.
+        shape: None for that of `beside`.
     """
 
     name: str
     beside: str
     change: Change | None
+    dtype: str | None = None
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +76,7 @@ class Changes:
     Attributes:
         changed: by stored name.
         added: in the order of their names.
+        shapes: of changed tensors that have another one than the base's, by stored name.
         config_edits: keys of config.json with their new values.
         modules: how many modules of the model the adapter changes.
         unit_bytes: bytes that the largest unit takes in memory while it is merged.
@@ -82,6 +86,7 @@ class Changes:
 
     changed: Mapping[str, Change]
     added: tuple[Added, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     config_edits: Mapping[str, Any] = field(default_factory=dict)
     modules: int = 0
     unit_bytes: int = 0
@@ -98,7 +103,7 @@ class TensorPlan:
         dtype: in the output, as safetensors spells it.
         shape: in the output.
         action: how it is made.
-        source: the base's tensor that it is made from.
+        source: the base's tensor that it is made from; one without bytes where the base has none.
         change: the unit that makes it; only with `Action.MERGE`.
     """
 
@@ -203,7 +208,9 @@ def make_plan(
         _plan_shard(file, checkpoint, changes, added.get(file.name, ()), SAFETENSORS_DTYPES.get(dtype))
         for file in checkpoint.files
     )
-    index = _index(checkpoint, shards) if checkpoint.is_indexed else None
+    where = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+    total = sum(tensor.size_bytes for shard in shards for tensor in shard.tensors)
+    index = build_index(checkpoint.root, where, total) if checkpoint.is_indexed else None
     return Plan(
         base=checkpoint.root,
         shards=shards,
@@ -223,9 +230,16 @@ def _added_by_file(checkpoint: Checkpoint, changes: Changes) -> dict[str, list[A
 def _plan_shard(
     file: TensorFile, checkpoint: Checkpoint, changes: Changes, added: Sequence[Added], dtype: str | None
 ) -> ShardPlan:
-    tensors = [_plan_tensor(tensor.name, tensor, changes.changed.get(tensor.name), dtype) for tensor in file.tensors]
-    tensors += [_plan_tensor(new.name, checkpoint.tensors[new.beside], new.change, dtype) for new in added]
-    is_same = not added and all(tensor.dtype == tensor.source.dtype for tensor in tensors)
+    tensors = [
+        _plan_tensor(tensor.name, tensor, changes.changed.get(tensor.name), dtype, changes.shapes.get(tensor.name))
+        for tensor in file.tensors
+    ]
+    tensors += [
+        _plan_tensor(new.name, _source(new, checkpoint.tensors[new.beside]), new.change, dtype) for new in added
+    ]
+    is_same = not added and all(
+        (tensor.dtype, tensor.shape) == (tensor.source.dtype, tensor.source.shape) for tensor in tensors
+    )
     header = (
         file.header
         if is_same
@@ -234,25 +248,19 @@ def _plan_shard(
     return ShardPlan(file=file.name, header=header, tensors=tuple(tensors))
 
 
-def _plan_tensor(name: str, source: TensorInfo, change: Change | None, dtype: str | None) -> TensorPlan:
+def _source(new: Added, beside: TensorInfo) -> TensorInfo:
+    if new.dtype is None or new.shape is None:
+        return beside
+    return TensorInfo(name=new.name, dtype=new.dtype, shape=new.shape, file=beside.file, start=0, end=0)
+
+
+def _plan_tensor(
+    name: str, source: TensorInfo, change: Change | None, dtype: str | None, shape: tuple[int, ...] | None = None
+) -> TensorPlan:
     output = dtype if dtype is not None and source.dtype in CASTABLE else source.dtype
     unchanged = Action.COPY if output == source.dtype else Action.CAST
     action = unchanged if change is None else Action.MERGE
-    return TensorPlan(name=name, dtype=output, shape=source.shape, action=action, source=source, change=change)
-
-
-def _index(checkpoint: Checkpoint, shards: tuple[ShardPlan, ...]) -> bytes:
-    original = (checkpoint.root / INDEX_FILE).read_bytes()
-    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
-    total = sum(tensor.size_bytes for shard in shards for tensor in shard.tensors)
-    index = json.loads(original)
-    if index["weight_map"] == weight_map and index.get("metadata", {}).get("total_size") == total:
-        return original
-    # The base's own order is kept; what is new goes to the end.
-    ordered = {name: weight_map[name] for name in index["weight_map"]} | weight_map
-    index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
-    index["weight_map"] = ordered
-    return (json.dumps(index, indent=2) + "\n").encode()
+    return TensorPlan(name=name, dtype=output, shape=shape or source.shape, action=action, source=source, change=change)
 
 
 def _summary(

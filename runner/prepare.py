@@ -55,7 +55,9 @@ def prepare(base: Path, *adapters: Path, dtype: str, combination: Combination | 
     if combination is not None:
         changes = replace(changes, notes=(*changes.notes, *_notes(adapters, combination)))
     companions = find_companions(base, adapters[0], edits)
-    plan = make_plan(checkpoint, changes, companions=companions, dtype=dtype, peft_type=attached.adapter.peft_type)
+    plan = make_plan(
+        attached.checkpoint, changes, companions=companions, dtype=dtype, peft_type=attached.adapter.peft_type
+    )
     return Prepared(attached=attached, units=units, plan=plan)
 
 

@@ -202,7 +202,9 @@ def quality_numbers(quality: Quality | None) -> dict[str, float | int | None] | 
         return None
     numbers: dict[str, float | int | None] = {}
     for name, value in asdict(quality).items():
-        if name in ("retention", "top1_agreement") and math.isfinite(value):
+        if value is None:
+            numbers[name] = None
+        elif name in ("retention", "top1_agreement") and math.isfinite(value):
             numbers[name] = round(value, 4)
         elif name.startswith("nll_") and math.isfinite(value):
             numbers[name] = round(value, 3)

@@ -23,6 +23,7 @@ from torch import nn
 
 from runner.attach import Attached
 from runner.checkpoint.reader import FLOATS, Reader
+from runner.checkpoint.view import main_dtype
 from runner.errors import UnsupportedAdapter, UnsupportedCheckpoint
 from runner.plan import Added, Change, Changes
 
@@ -90,7 +91,7 @@ def find_changes(attached: Attached, units: Mapping[str, Unit]) -> Changes:
     for key in by_key:
         _check_source(attached, key)
     sizes = [_unit_bytes(attached, unit) for unit in units.values()]
-    notes = []
+    notes = list(attached.notes)
     if untied:
         notes.append("The adapter changes one side of tied embeddings: both sides are written, and the tie is undone.")
     if not attached.is_lazy:
@@ -99,7 +100,8 @@ def find_changes(attached: Attached, units: Mapping[str, Unit]) -> Changes:
     return Changes(
         changed=changed,
         added=tuple(sorted(added, key=lambda new: new.name)),
-        config_edits={"tie_word_embeddings": False} if untied else {},
+        shapes=_shapes(attached),
+        config_edits={**attached.config_edits, **({"tie_word_embeddings": False} if untied else {})},
         modules=len(units) + len(loose),
         unit_bytes=max(sizes, default=0),
         adapter_bytes=_adapter_bytes(attached),
@@ -144,6 +146,8 @@ class UnitMerger:
         if not self._attached.is_lazy:
             return current.clone()
         names = self._attached.names.renamed
+        if key in self._attached.own:
+            return torch.zeros(current.shape)  # the adapter's own value comes in its place
         info = self._attached.checkpoint.tensors[names.get(key) or names[self._attached.ties[key]]]
         value = self._reader.read(info)
         return value.float() if value.is_floating_point() else value
@@ -187,7 +191,7 @@ def _resolve_ties(
 ) -> tuple[dict[str, Change], list[Added], bool]:
     stored = attached.names.renamed
     changed = {stored[key]: change for key, change in by_key.items() if key in stored}
-    added: list[Added] = []
+    added = [_head(attached, key, by_key[key]) for key in sorted(attached.own) if key not in stored]
     untied = False
     for target, source in attached.ties.items():
         pair = by_key.get(target), by_key.get(source)
@@ -199,6 +203,17 @@ def _resolve_ties(
             if target not in stored:
                 added.append(Added(name=target, beside=stored[source], change=by_key.get(target)))
     return changed, added, untied
+
+
+def _head(attached: Attached, key: str, change: Change) -> Added:
+    last = attached.checkpoint.files[-1].tensors[-1]
+    shape = tuple(attached.parameters[key].shape)
+    return Added(name=key, beside=last.name, change=change, dtype=main_dtype(attached.checkpoint), shape=shape)
+
+
+def _shapes(attached: Attached) -> dict[str, tuple[int, ...]]:
+    stored = attached.names.renamed
+    return {stored[key]: tuple(attached.parameters[key].shape) for key in attached.own if key in stored}
 
 
 def _adapters_are_tied(
@@ -221,6 +236,8 @@ def _adapter_storages(attached: Attached, unit: Unit) -> Iterator[int]:
 
 
 def _check_source(attached: Attached, key: str) -> None:
+    if key in attached.own:
+        return
     stored = attached.names.renamed.get(key) or attached.names.renamed.get(attached.ties.get(key, ""))
     if stored is None:
         sources = attached.names.converted.get(key, ())

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
 
 from runner.checkpoint.names import map_names
-from runner.verify.models import LOAD_ERRORS, is_transposed, model_class, quiet, unbuildable
+from runner.errors import AdapterMismatch
+from runner.verify.classes import Task, build_empty
+from runner.verify.models import is_transposed
+from runner.verify.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,8 @@ class Blueprint:
         ties: key → key of the parameter that it shares, as the base's config has it.
         transposed: modules whose weight is stored as (in, out).
         embeddings: modules that look rows up.
+        heads: keys that no tensor of the base makes: only the adapter can have them.
+        dropped: stored tensors of the base's own head, which a merged model of another class has not.
     """
 
     keys: Mapping[str, tuple[int, ...]]
@@ -33,37 +36,57 @@ class Blueprint:
     ties: Mapping[str, str]
     transposed: frozenset[str]
     embeddings: frozenset[str]
+    heads: frozenset[str]
+    dropped: frozenset[str]
 
 
-def read_blueprint(root: Path, names: Sequence[str]) -> Blueprint:
+def read_blueprint(root: Path, names: Sequence[str], task: Task) -> Blueprint:
     """Return the blueprint of the checkpoint in `root`, whose stored tensors are `names`; reads config.json only.
+
+    Args:
+        root: the base's folder.
+        names: its stored tensors.
+        task: which class the merged model is of.
 
     Raises:
         BrokenCheckpoint: transformers cannot build the model class.
     """
-    model = empty_model(root)
+    model = task.empty(root)
     found = map_names(model, names)
     modules = dict(model.named_modules())
+    keys = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    ties = dict(model.all_tied_weights_keys)
+    made = {*found.renamed, *found.converted}
+    made |= {key for pair in ties.items() if made & set(pair) for key in pair}
     return Blueprint(
-        keys={key: tuple(tensor.shape) for key, tensor in model.state_dict().items()},
+        keys=keys,
         stored=dict(found.renamed),
         converted=frozenset(found.converted),
-        ties=dict(model.all_tied_weights_keys),
+        ties=ties,
         transposed=frozenset(path for path, module in modules.items() if is_transposed(module)),
         embeddings=frozenset(path for path, module in modules.items() if isinstance(module, nn.Embedding)),
+        heads=frozenset(keys.keys() - made) if task.departs else frozenset(),
+        dropped=_dropped(root, names, task, found.unknown),
     )
 
 
-def empty_model(root: Path) -> PreTrainedModel:
-    """Return the model of the checkpoint in `root` on the meta device; reads config.json only.
+def _dropped(root: Path, names: Sequence[str], task: Task, unknown: Sequence[str]) -> frozenset[str]:
+    if task.model_class is task.own_class or not unknown:
+        return frozenset()
+    mine = map_names(build_empty(root, task.own_class), names)
+    return frozenset(set(unknown) - set(mine.unknown))
+
+
+def check_heads(blueprint: Blueprint, recipe: Recipe) -> None:
+    """Refuse an adapter that does not bring the whole of its own head.
 
     Raises:
-        BrokenCheckpoint: transformers cannot build the model class.
+        AdapterMismatch: a part of it is neither in the base nor in the adapter.
     """
-    try:
-        config = AutoConfig.from_pretrained(str(root), trust_remote_code=False)
-        with torch.device("meta"), quiet():
-            model: PreTrainedModel = model_class(root)._from_config(config)
-    except LOAD_ERRORS as error:
-        raise unbuildable(error) from error
-    return model
+    absent = sorted(blueprint.heads - recipe.rules.keys())
+    if absent:
+        raise AdapterMismatch(
+            f"Neither the base nor the adapter has {absent[0]!r}.",
+            why="The adapter's task needs it, and transformers would fill it with random numbers.",
+            fix="Save the adapter with its head: name the head's modules in `modules_to_save`.",
+        )

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from runner.combination import Several
 from runner.errors import UnsupportedAdapter
-from runner.verify.blueprint import empty_model
+from runner.verify.classes import empty_model
 from runner.verify.parts import Blocks, combine_by_peft, held_parts, load_parts
 from runner.verify.recipe import CONFIG_FILE, PREFIX, WEIGHTS_FILE, LowRank, Recipe, read_recipe
 from runner.verify.tensors import read_tensor

@@ -17,16 +17,18 @@ from pathlib import Path
 from runner.checkpoint.layout import Checkpoint, read_checkpoint
 from runner.combination import Several
 from runner.errors import CheckpointError
-from runner.verify.blueprint import read_blueprint
+from runner.verify.blueprint import check_heads, read_blueprint
+from runner.verify.classes import read_task
 from runner.verify.combined import as_one
 from runner.verify.models import Unmerged, load_base, load_unmerged
 from runner.verify.modules import LIMIT, Probe, probe_modules
 from runner.verify.outputs import NEW_TOKENS, judge_outputs
 from runner.verify.prompts import make_questions
 from runner.verify.recipe import read_recipe
+from runner.verify.shapes import resized_rows
 from runner.verify.storage import Storage, compare_storage, judge_storage
 from runner.verify.structure import Form, Wanted, judge_structure
-from runner.verify.targets import Sources, Target, Targets, find_targets, resized_rows
+from runner.verify.targets import Sources, Target, Targets, find_targets
 from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
 
 MIN_RETENTION = 0.9
@@ -135,10 +137,12 @@ def decide(checks: Sequence[Check]) -> Status:
 
 
 def _prepare(base: Checkpoint, adapter: Path, merged: Checkpoint, dtype: str) -> _Case:
-    blueprint = read_blueprint(base.root, list(base.tensors))
+    task = read_task(base.root, adapter)
+    blueprint = read_blueprint(base.root, list(base.tensors), task)
     recipe = read_recipe(adapter, list(blueprint.keys))
     rows = resized_rows(recipe, blueprint)
-    loaded = load_base(base.root, rows)
+    check_heads(blueprint, recipe)
+    loaded = load_base(base.root, rows, wanted=task.model_class, labels=task.labels)
     unmerged = load_unmerged(loaded, adapter, recipe.redundant)
     sources = Sources(base=base, blueprint=blueprint, recipe=recipe, unmerged=unmerged)
     targets = find_targets(sources, base=base, blueprint=blueprint, dtype=dtype)
@@ -149,6 +153,7 @@ def _prepare(base: Checkpoint, adapter: Path, merged: Checkpoint, dtype: str) ->
         is_untied=bool(targets.untied),
         may_untie=bool(targets.untied) or (bool(targets.optional) and targets.optional.keys() <= merged.tensors.keys()),
         rows=rows,
+        config=task.config,
     )
     return _Case(
         base=base,

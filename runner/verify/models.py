@@ -77,18 +77,24 @@ class Unmerged:
     altered: tuple[str, ...]
 
 
-def load_base(root: Path, rows: int | None) -> Loaded:
-    """Return the base in float32.
+def load_base(root: Path, rows: int | None, *, wanted: Any = None, labels: int | None = None) -> Loaded:
+    """Return the base in float32; what it does not store is zero, and named in `missing` or `mismatched`.
 
     Args:
         root: the base's folder.
+        wanted: the class to load it as; its own by default.
+        labels: of that class's head, where they are not the base's.
         rows: the adapter's vocabulary size where it differs from the base's; else None.
 
     Raises:
         BrokenCheckpoint: transformers cannot load it.
     """
     try:
-        loaded = load_folder(root)
+        options = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
+        loaded = load_folder(root, wanted, **options)
+        values = loaded.model.state_dict()
+        for key in (*loaded.missing, *loaded.mismatched):  # otherwise random, and no two verdicts would be the same
+            values[key].zero_()
         if rows is not None:
             loaded.model.resize_token_embeddings(rows, mean_resizing=False)
     except LOAD_ERRORS as error:
@@ -96,11 +102,22 @@ def load_base(root: Path, rows: int | None) -> Loaded:
     return loaded
 
 
-def load_folder(root: Path) -> Loaded:
-    """Return the folder as plain transformers loads it, in float32. Raises whatever it raises (`LOAD_ERRORS`)."""
+def load_folder(root: Path, wanted: Any = None, **options: Any) -> Loaded:
+    """Return the folder as plain transformers loads it, in float32. Raises whatever it raises (`LOAD_ERRORS`).
+
+    Args:
+        root: a checkpoint.
+        wanted: the class to load it as; by default the one that its config.json names.
+        options: for `from_pretrained`.
+    """
     with quiet():
-        model, info = model_class(root).from_pretrained(
-            str(root), dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False
+        model, info = (wanted or model_class(root)).from_pretrained(
+            str(root),
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            **options,
         )
     return Loaded(
         model=model.eval().requires_grad_(False),

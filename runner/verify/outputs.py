@@ -1,7 +1,8 @@
 """End to end: the saved folder, through the real loader, gives the outputs that it must give.
 
-Three claims, each on every prompt, in float32, by the worst prompt's relative error (centred rms of the logits'
-difference over the logits' standard deviation), at most 1e-4:
+Three claims, each on every prompt, in float32, by the worst prompt's relative error (for logits over a vocabulary,
+centred rms of their difference over their standard deviation; see `runner.verify.forward` for other heads), at most
+1e-4:
 
 - plain transformers loads the folder without a missing, unexpected or mismatched key;
 - what it loads computes the same as the same model with round(E) in every touched tensor, that is, the files hold
@@ -24,9 +25,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from runner.verify.exact import Exact, ExactStored
+from runner.verify.forward import error_of, generates, has_decoder, outputs_of, predicts_tokens
 from runner.verify.models import LOAD_ERRORS, Loaded, Unmerged, first_line, load_folder, quiet
-from runner.verify.prompts import Questions, TokenSequence
-from runner.verify.quality import Tally, relative
+from runner.verify.prompts import Questions
+from runner.verify.quality import Tally
 from runner.verify.targets import Sources, Target, Targets
 from runner.verify.tensors import round_to, row_blocks
 from runner.verify.verdict import Check, Continuation, Layer, Outcome, Quality
@@ -80,13 +82,13 @@ def judge_outputs(
         return Outputs(
             checks=(_check("plain transformers loads the folder", first_line(error)),), quality=None, continuations=()
         )
-    checks = [_loading(unmerged.base, loaded)]
+    checks = [_loading(unmerged.base, loaded, targets)]
     model = loaded.model.to(device)
     unmerged.model.to(device)
     try:
         tally, kept = _compare(unmerged, model, questions)
         on_progress(0.5)
-        continuations = _continue(unmerged, model, questions)
+        continuations = _continue(unmerged, model, questions) if generates(model) else ()
         on_progress(0.7)
         unmerged.model.to("cpu")
         gc.collect()
@@ -111,24 +113,27 @@ def judge_outputs(
 
 @dataclass(slots=True, kw_only=True)
 class _Kept:
-    """Logits by sequence, on the CPU."""
+    """Outputs by sequence, on the CPU."""
 
     unmerged: list[torch.Tensor]
     merged: list[torch.Tensor]
 
 
 def _compare(unmerged: Unmerged, model: PreTrainedModel, questions: Questions) -> tuple[Tally, _Kept]:
-    tally, kept = Tally(), _Kept(unmerged=[], merged=[])
-    has_text = any(sequence.is_text for sequence in questions.sequences)
     reference = unmerged.model.get_base_model()
+    is_language = predicts_tokens(model)
+    reads_on = generates(model) and not has_decoder(model)
+    tally, kept = Tally(is_language=is_language), _Kept(unmerged=[], merged=[])
+    has_text = any(sequence.is_text for sequence in questions.sequences)
     for sequence in questions.sequences:
-        kept.unmerged.append(_logits(reference, sequence))
-        kept.merged.append(_logits(model, sequence))
+        kept.unmerged.append(outputs_of(reference, sequence))
+        kept.merged.append(outputs_of(model, sequence))
         with quiet(), unmerged.model.disable_adapter():
-            plain = _logits(reference, sequence)
+            plain = outputs_of(reference, sequence)
         if sequence.is_text or not has_text:
-            width = min(plain.shape[-1], kept.unmerged[-1].shape[-1], kept.merged[-1].shape[-1])
-            tally.add(sequence.ids, plain[:, :width], kept.unmerged[-1][:, :width], kept.merged[-1][:, :width])
+            outputs = (plain, kept.unmerged[-1], kept.merged[-1])
+            width = min(found.shape[-1] for found in outputs)
+            tally.add(sequence.ids if reads_on else None, *(found[:, :width] for found in outputs))
     return tally, kept
 
 
@@ -138,9 +143,9 @@ def _worst(
     if misplaced:
         return _check(name, f"the loaded model has no place for {misplaced}")
     worst, label = 0.0, ""
-    for sequence, reference in zip(questions.sequences, wanted, strict=True):
-        found = _logits(model, sequence)
-        error = relative(reference, found) if found.shape == reference.shape else float("inf")
+    is_language = predicts_tokens(model)
+    for number, sequence in enumerate(questions.sequences):
+        error = error_of(wanted, outputs_of(model, sequence), number, is_language=is_language)
         if not error <= worst:  # a NaN is the worst there is
             worst, label = error, sequence.label
         if math.isnan(worst):
@@ -168,7 +173,7 @@ def _fill(model: PreTrainedModel, sources: Sources, targets: Targets, *, rounded
         exact: Exact
         if target.is_touched:
             exact = sources.exact(target.key)
-        elif not rounded and target.dtype != target.base.info.dtype:
+        elif not rounded and target.base is not None and target.dtype != target.base.info.dtype:
             exact = ExactStored(target.base.root, target.base.info)
         else:
             continue
@@ -191,19 +196,6 @@ def _values(exact: Exact, dtype: str) -> torch.Tensor:
 def _by_unit(sources: Sources, targets: Targets) -> Iterator[Target]:
     # Tensors of one PEFT unit one after the other, because only one unit's E is kept.
     yield from sorted(targets.required.values(), key=lambda target: (sources.unit_of(target.key) or "", target.key))
-
-
-def _logits(model: torch.nn.Module, sequence: TokenSequence) -> torch.Tensor:
-    """Return the model's logits on one sequence: float32 on the CPU, shape (tokens, vocabulary)."""
-    device = next(model.parameters()).device
-    ids = sequence.ids[None].to(device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
-    with torch.no_grad(), quiet():
-        output = model(**inputs, use_cache=False)
-    logits: torch.Tensor = output["logits"] if "logits" in output else output[0]
-    return logits[0].float().cpu()
 
 
 def _continue(unmerged: Unmerged, model: PreTrainedModel, questions: Questions) -> tuple[Continuation, ...]:
@@ -234,11 +226,13 @@ def _generate(model: PreTrainedModel, questions: Questions) -> list[str]:
     )
     with torch.no_grad(), quiet():
         whole = model.generate(ids, attention_mask=mask, generation_config=config)
-    return [questions.text(row) for row in torch.as_tensor(whole)[:, width:].cpu()]
+    start = 1 if has_decoder(model) else width  # an encoder-decoder writes a text of its own, after a start mark
+    return [questions.text(row) for row in torch.as_tensor(whole)[:, start:].cpu()]
 
 
-def _loading(base: Loaded, loaded: Loaded) -> Check:
-    problems = [f"missing {key}" for key in loaded.missing if key not in base.missing]
+def _loading(base: Loaded, loaded: Loaded, targets: Targets) -> Check:
+    own = {target.key for target in targets.required.values() if target.base is None}
+    problems = [f"missing {key}" for key in loaded.missing if key not in base.missing or key in own]
     problems += [f"unexpected {key}" for key in loaded.unexpected if key not in base.unexpected]
     problems += [f"mismatched {key}" for key in loaded.mismatched]
     if type(loaded.model) is not type(base.model):
@@ -253,7 +247,7 @@ def _power(effect: float) -> Check:
         name="the prompts can see the adapter",
         outcome=Outcome.WARN if weak else Outcome.PASS,
         value=effect,
-        detail=f"No power: the adapter moves the logits by less than {NO_POWER:g}, so this layer cannot tell a merge "
+        detail=f"No power: the adapter moves the outputs by less than {NO_POWER:g}, so this layer cannot tell a merge "
         "from the base; storage and semantics can, and do."
         if weak
         else "",

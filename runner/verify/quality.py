@@ -1,6 +1,7 @@
 """Quality: what rounding to the output dtype costs. Reported, with numbers; gates nothing.
 
-All logits are of float32 computations. KL is KL(unmerged ‖ other) per token, in nats.
+All outputs are of float32 computations. KL is KL(unmerged ‖ other) per token, in nats. Figures about tokens exist only
+for models that predict tokens, and the loss on the prompts only for models that read on from them.
 """
 
 from __future__ import annotations
@@ -32,21 +33,32 @@ def relative(reference: torch.Tensor, other: torch.Tensor) -> float:
     return rms / spread if spread > 0 else float("inf")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Tally:
-    """Sums over sequences, from which a `Quality` is made."""
+    """Sums over sequences, from which a `Quality` is made; `is_language` where outputs are logits over a vocabulary."""
 
+    is_language: bool
     kl: list[torch.Tensor] = field(default_factory=list)
     kl_base: list[torch.Tensor] = field(default_factory=list)
     agree: int = 0
-    tokens: int = 0
+    rows: int = 0
     effect: list[tuple[float, float]] = field(default_factory=list)
     error: list[tuple[float, float]] = field(default_factory=list)
     nll: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("base", "unmerged", "merged"), 0.0))
     predicted: int = 0
 
-    def add(self, ids: torch.Tensor, base: torch.Tensor, unmerged: torch.Tensor, merged: torch.Tensor) -> None:
-        """Count one sequence: its ids (tokens,) and the three models' logits (tokens, vocabulary)."""
+    def add(self, ids: torch.Tensor | None, base: torch.Tensor, unmerged: torch.Tensor, merged: torch.Tensor) -> None:
+        """Count one sequence: the three models' outputs (rows, width), and the ids (rows,) that the rows predict."""
+        self.rows += len(unmerged)
+        size = rms_and_spread if self.is_language else _rms_and_size
+        self.effect.append(size(unmerged, base))
+        self.error.append(size(unmerged, merged))
+        if self.is_language:
+            self._add_predictions(ids, base, unmerged, merged)
+
+    def _add_predictions(
+        self, ids: torch.Tensor | None, base: torch.Tensor, unmerged: torch.Tensor, merged: torch.Tensor
+    ) -> None:
         logs = {
             name: torch.log_softmax(logits.double(), dim=-1)
             for name, logits in (("base", base), ("unmerged", unmerged), ("merged", merged))
@@ -55,33 +67,38 @@ class Tally:
         self.kl.append((weight * (logs["unmerged"] - logs["merged"])).sum(dim=-1))
         self.kl_base.append((weight * (logs["unmerged"] - logs["base"])).sum(dim=-1))
         self.agree += int((unmerged.argmax(-1) == merged.argmax(-1)).sum())
-        self.tokens += len(ids)
-        self.effect.append(rms_and_spread(unmerged, base))
-        self.error.append(rms_and_spread(unmerged, merged))
+        if ids is None:
+            return
         self.predicted += len(ids) - 1
         for name, log in logs.items():
             self.nll[name] -= float(log[:-1].gather(1, ids[1:, None]).sum())
 
     def quality(self, retention: float) -> Quality:
         """Return the figures; at least one sequence must have been counted."""
-        kl, kl_base = torch.cat(self.kl), torch.cat(self.kl_base)
         moved = _root_mean([rms for rms, _ in self.effect])
         spread = _root_mean([spread for _, spread in self.effect])
         off = _root_mean([rms for rms, _ in self.error])
-        count = max(1, self.predicted)
+        kl = torch.cat(self.kl) if self.kl else None
+        loss = {name: total / self.predicted if self.predicted else None for name, total in self.nll.items()}
         return Quality(
             retention=retention,
             effect=moved / spread if spread > 0 else 0.0,
             effect_error=off / moved if moved > 0 else 0.0,
-            kl_mean_nats=float(kl.mean()),
-            kl_p99_nats=float(kl.quantile(0.99)),
-            kl_base_mean_nats=float(kl_base.mean()),
-            top1_agreement=self.agree / max(1, self.tokens),
-            nll_base_nats=self.nll["base"] / count,
-            nll_unmerged_nats=self.nll["unmerged"] / count,
-            nll_merged_nats=self.nll["merged"] / count,
-            tokens=self.tokens,
+            kl_mean_nats=None if kl is None else float(kl.mean()),
+            kl_p99_nats=None if kl is None else float(kl.quantile(0.99)),
+            kl_base_mean_nats=None if kl is None else float(torch.cat(self.kl_base).mean()),
+            top1_agreement=self.agree / max(1, self.rows) if self.is_language else None,
+            nll_base_nats=loss["base"],
+            nll_unmerged_nats=loss["unmerged"],
+            nll_merged_nats=loss["merged"],
+            tokens=self.rows,
         )
+
+
+def _rms_and_size(reference: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+    """Return (rms of other − reference, rms of the reference), for outputs whose zero means something."""
+    off = (other.double() - reference.double()).square().mean().sqrt()
+    return float(off), float(reference.double().square().mean().sqrt())
 
 
 def _root_mean(values: list[float]) -> float:

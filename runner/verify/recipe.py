@@ -104,8 +104,8 @@ def read_recipe(root: Path, parameters: Sequence[str]) -> Recipe:
     Raises:
         BrokenAdapter: config or weights are missing or unreadable, or half of a pair is missing.
     """
-    config = _read_config(root)
-    tensors = _read_header(root)
+    config = read_adapter_config(root)
+    tensors = read_adapter_header(root)
     keys = {name.removeprefix(PREFIX): name for name in tensors}
     known = frozenset(parameters)
     parts: dict[str, dict[str, str]] = {}
@@ -204,7 +204,12 @@ def _pattern(patterns: Any, module: str, default: Any) -> Any:
     return default
 
 
-def _read_config(root: Path) -> dict[str, Any]:
+def read_adapter_config(root: Path) -> dict[str, Any]:
+    """Return the adapter's configuration.
+
+    Raises:
+        BrokenAdapter: missing, or not a JSON object.
+    """
     try:
         config = json.loads((root / CONFIG_FILE).read_bytes())
     except (OSError, ValueError) as error:
@@ -214,7 +219,12 @@ def _read_config(root: Path) -> dict[str, Any]:
     return config
 
 
-def _read_header(root: Path) -> dict[str, TensorInfo]:
+def read_adapter_header(root: Path) -> dict[str, TensorInfo]:
+    """Return the adapter's tensors by their names in the file.
+
+    Raises:
+        BrokenAdapter: the file is missing or damaged.
+    """
     try:
         file = read_tensor_file(root, WEIGHTS_FILE)
     except BrokenCheckpoint as error:

@@ -122,7 +122,7 @@ def judge_storage(result: Storage, targets: Targets, unmerged: Unmerged) -> tupl
 
 def _compare(result: Storage, found: Stored, target: Target, sources: Sources) -> None:
     name = target.stored
-    if not target.is_touched:
+    if not target.is_touched and target.base is not None:
         outcome = compare_untouched(found, target.base)
         result.untouched.add(outcome)
     elif found.info.dtype not in FLOATS:

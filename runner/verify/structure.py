@@ -49,6 +49,7 @@ class Form:
         is_untied: whether the base ties its embeddings and a right merge does not.
         may_untie: whether the tie flag may be false: `is_untied`, or both sides are stored though they are equal.
         rows: the vocabulary's size where the adapter changes it, else None.
+        config: keys of config.json that must have these values: those of the class that the adapter's task needs.
     """
 
     required: Mapping[str, Wanted]
@@ -57,6 +58,7 @@ class Form:
     is_untied: bool
     may_untie: bool
     rows: int | None
+    config: Mapping[str, Any]
 
 
 def judge_structure(*, base: Checkpoint, adapter: Path, merged: Checkpoint, form: Form) -> Iterator[Check]:
@@ -118,7 +120,7 @@ def _config(base: Path, merged: Path, form: Form) -> Check:
     before, after = read_json(base / "config.json"), read_json(merged / "config.json")
     if after is None:
         return _check(name, ["config.json is missing or not a JSON object"])
-    return _check(name, list(_config_problems(before or {}, after, form, "")))
+    return _check(name, list(_config_problems({**(before or {}), **form.config}, after, form, "")))
 
 
 def _config_problems(before: Mapping[str, Any], after: Mapping[str, Any], form: Form, path: str) -> Iterator[str]:

@@ -18,7 +18,8 @@ from runner.verify.blueprint import Blueprint
 from runner.verify.elements import Stored, same_exact
 from runner.verify.exact import Exact, ExactFromPeft, ExactShift, ExactStored, ReadRows, low_rank
 from runner.verify.models import LOAD_ERRORS, Unmerged, bare, base_values, first_line, merged_copy
-from runner.verify.recipe import Copy, LowRank, Recipe, Rule, Shift
+from runner.verify.recipe import Copy, Recipe, Rule, Shift
+from runner.verify.shapes import main_dtype
 from runner.verify.tensors import DTYPE_NAMES, FLOATS, read_tensor, row_blocks
 
 
@@ -31,7 +32,7 @@ class Target:
         stored: its name in the merged folder.
         dtype: in the merged folder.
         shape: in the merged folder.
-        base: the base's tensor that it is made from.
+        base: the base's tensor that it is made from; None for a head that only the adapter has.
         is_touched: whether the adapter acts on it.
     """
 
@@ -39,13 +40,13 @@ class Target:
     stored: str
     dtype: str
     shape: tuple[int, ...]
-    base: Stored
+    base: Stored | None
     is_touched: bool
 
     @property
     def same_shape_base(self) -> Stored | None:
         """W, where it has the shape of the result."""
-        return self.base if self.base.info.shape == self.shape else None
+        return self.base if self.base is not None and self.base.info.shape == self.shape else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,8 +220,10 @@ def find_targets(sources: Sources, *, base: Checkpoint, blueprint: Blueprint, dt
             is_touched=is_touched,
         )
 
-    required = {}
+    required = _heads(sources, blueprint, output_dtype(main_dtype(base, blueprint), dtype))
     for name, info in base.tensors.items():
+        if name in blueprint.dropped:
+            continue
         key = key_of.get(name, "")
         home = Stored(root=base.root, info=info)
         required[name] = target(key, name, home, is_touched=key in touched)
@@ -246,20 +249,17 @@ def find_targets(sources: Sources, *, base: Checkpoint, blueprint: Blueprint, dt
     )
 
 
+def _heads(sources: Sources, blueprint: Blueprint, dtype: str) -> dict[str, Target]:
+    """Return the tensors that no base tensor is behind: stored under their keys, in the dtype that the base has."""
+    return {
+        key: Target(key=key, stored=key, dtype=dtype, shape=sources.shape(key), base=None, is_touched=True)
+        for key in sorted(blueprint.heads)
+    }
+
+
 def output_dtype(base: str, dtype: str) -> str:
     """Return the dtype that a base tensor has in the output, as safetensors spells it."""
     return base if dtype == "auto" or base not in FLOATS else DTYPE_NAMES[dtype]
-
-
-def resized_rows(recipe: Recipe, blueprint: Blueprint) -> int | None:
-    """Return the adapter's vocabulary size where it brings embeddings of another size than the base's, else None."""
-    for key, rule in recipe.rules.items():
-        if key.rpartition(".")[0] not in blueprint.embeddings:
-            continue
-        tensor = rule.tensor if isinstance(rule, Copy) else rule.replaced_base if isinstance(rule, LowRank) else None
-        if tensor is not None and recipe.tensors[tensor].shape[0] != blueprint.keys[key][0]:
-            return recipe.tensors[tensor].shape[0]
-    return None
 
 
 def _is_tied(sources: Sources, blueprint: Blueprint, tied: str, origin: str) -> bool:

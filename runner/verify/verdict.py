@@ -98,6 +98,9 @@ class Continuation:
 class Quality:
     """What rounding to the output dtype costs; reported, gates nothing.
 
+    Figures about tokens are None for a model without logits over a vocabulary; the losses, for one that does not
+    continue its prompt. Effects of other heads are of their outputs, not centred.
+
     Attributes:
         retention: over all changed tensors together; 1.0 is everything.
         effect: centred rms of unmerged − base logits over the std of the unmerged logits.
@@ -109,19 +112,19 @@ class Quality:
         nll_base_nats: mean negative log-likelihood of the prompts' own tokens, base.
         nll_unmerged_nats: the same, unmerged.
         nll_merged_nats: the same, merged.
-        tokens: how many positions were compared.
+        tokens: how many rows of outputs were compared: positions, or whole texts for a head with one answer.
     """
 
     retention: float
     effect: float
     effect_error: float
-    kl_mean_nats: float
-    kl_p99_nats: float
-    kl_base_mean_nats: float
-    top1_agreement: float
-    nll_base_nats: float
-    nll_unmerged_nats: float
-    nll_merged_nats: float
+    kl_mean_nats: float | None
+    kl_p99_nats: float | None
+    kl_base_mean_nats: float | None
+    top1_agreement: float | None
+    nll_base_nats: float | None
+    nll_unmerged_nats: float | None
+    nll_merged_nats: float | None
     tokens: int
 
 

@@ -91,7 +91,7 @@ def test_reports_what_the_adapter_does_and_what_rounding_costs(right_merge: Make
     quality = verdict.quality
     assert quality is not None
     assert 0.9 < quality.retention < 1.1
-    assert quality.kl_base_mean_nats > 100 * quality.kl_mean_nats > 0
+    assert (quality.kl_base_mean_nats or 0) > 100 * (quality.kl_mean_nats or 0) > 0
     assert quality.effect > 0.01 > quality.effect_error * quality.effect
     assert [spoken.prompt for spoken in verdict.continuations][:2] == ["One, two,", "Hello?"]
     assert all(spoken.merged and spoken.base for spoken in verdict.continuations)

@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from runner.checkpoint.layout import read_checkpoint
 from runner.errors import AdapterMismatch, BrokenAdapter, BrokenCheckpoint
 from runner.verify.blueprint import read_blueprint
+from runner.verify.classes import read_task
 from runner.verify.judge import judge
 from runner.verify.models import load_base, load_unmerged
 from runner.verify.modules import LIMIT, Probe, probe_modules
 from runner.verify.recipe import Copy, LowRank, Recipe, Rule, Shift, read_recipe, scaling_of
-from runner.verify.targets import Sources, resized_rows
+from runner.verify.shapes import resized_rows
+from runner.verify.targets import Sources
 from tests.verify.conftest import Maker
 from tests.verify.tiny import lora, save_adapter
 from tests.verify.variants import LORA, TIED
@@ -31,7 +33,7 @@ Change = Callable[[Rule], Rule]
 def _probes(base: Path, adapter: Path, change: Change | None = None) -> list[Probe]:
     """Probe with the judge's rules changed by `change`."""
     checkpoint = read_checkpoint(base)
-    blueprint = read_blueprint(base, list(checkpoint.tensors))
+    blueprint = read_blueprint(base, list(checkpoint.tensors), read_task(base, adapter))
     recipe = read_recipe(adapter, list(blueprint.keys))
     unmerged = load_unmerged(load_base(base, resized_rows(recipe, blueprint)), adapter, recipe.redundant)
     if change is not None:
@@ -113,7 +115,7 @@ def test_reads_every_kind_of_rule(right_merge: Maker) -> None:
     rules: list[Rule] = []
     for variant in ("lora_bias", "bias_lora_only", "embeddings", "saved_modules"):
         base, adapter, _ = right_merge(variant)
-        blueprint = read_blueprint(base, list(read_checkpoint(base).tensors))
+        blueprint = read_blueprint(base, list(read_checkpoint(base).tensors), read_task(base, adapter))
         recipe = read_recipe(adapter, list(blueprint.keys))
         assert recipe.others == ()
         rules.extend(recipe.rules.values())

@@ -1,0 +1,82 @@
+"""What of an adapter's tensors PEFT put where: exactly as stored, or the run fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from runner.heads import PREFIX
+
+
+def untrained(own: frozenset[str], placed: Iterable[str], name: str) -> list[str]:
+    """Return the keys of `own` that no placed tensor gives a value: a head, or a part of one, that nobody trained.
+
+    Args:
+        own: state-dict keys whose values only the adapter has.
+        placed: keys of the PEFT model that were loaded.
+        name: the adapter's name in the model.
+    """
+    given = {
+        key.removeprefix(PREFIX).replace(f".modules_to_save.{name}.", ".").replace(".base_layer.", ".")
+        for key in placed
+    }
+    return sorted(own - given)
+
+
+def repeats(peft_model: PeftModel, key: str, tensor: torch.Tensor, name: str) -> bool:
+    """Return whether an adapter's tensor only repeats the base's; `name` is the adapter's name in the model."""
+    target = lookup(peft_model, key)
+    return (
+        target is not None
+        and name not in key.split(".")
+        and target.shape == tensor.shape
+        and torch.equal(target.to(torch.float32), tensor.to(torch.float32))
+    )
+
+
+def widen(peft_model: PeftModel, placed: Mapping[str, torch.Tensor]) -> None:
+    """Give what PEFT copied in the base's dtype (modules_to_save) the adapter's own values, un-rounded."""
+    for key, tensor in placed.items():
+        target = lookup(peft_model, key)
+        if target is None or not target.is_floating_point() or target.dtype in (tensor.dtype, torch.float32):
+            continue
+        # float32 holds every stored dtype exactly; float16 and bfloat16 do not hold each other.
+        target.data = tensor.to(torch.float32, copy=True)
+
+
+def replaced(
+    parameters: Mapping[str, torch.Tensor],
+    before: Mapping[str, tuple[int, int]],
+    peft_model: PeftModel,
+    placed: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Return the base's parameters that the adapter, or PEFT when attaching it, gave new values, by key.
+
+    Args:
+        parameters: of the base, by state-dict key.
+        before: (data pointer, version) of each, before PEFT came.
+        peft_model: with the adapter.
+        placed: what was loaded, by key of the PEFT model.
+    """
+    by_id = {id(lookup(peft_model, key)): tensor for key, tensor in placed.items()}
+    found: dict[str, torch.Tensor] = {}
+    for key, parameter in parameters.items():
+        if id(parameter) in by_id:
+            found[key] = by_id[id(parameter)]
+        elif (parameter.data_ptr(), parameter._version) != before[key]:
+            found[key] = parameter.data
+    return found
+
+
+def lookup(module: nn.Module, key: str) -> torch.Tensor | None:
+    """Return the parameter or buffer of that key, or None."""
+    path, _, name = key.rpartition(".")
+    try:
+        owner = module.get_submodule(path)
+    except AttributeError:
+        return None
+    found = owner._parameters.get(name)
+    return found if found is not None else owner._buffers.get(name)
