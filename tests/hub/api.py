@@ -157,8 +157,3 @@ async def refs(state: State, request: Request, names: Mapping[str, str]) -> Resp
     if request.flag("include_prs"):
         body["pullRequests"] = []
     return answer(body)
-
-
-async def xet_token(state: State, request: Request, names: Mapping[str, str]) -> Response:
-    """Refuse: this server has no Xet storage."""
-    raise refusals.RefusedError(404, "Xet storage is not available on this server")

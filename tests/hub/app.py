@@ -98,7 +98,8 @@ class App:
     async def _serve(self, request: Request, route: Route | None) -> Response:
         try:
             if route is None:
-                self.state.caller(request)
+                if request.host != self.state.blob_host:
+                    self.state.caller(request)
                 raise refusals.RefusedError(404, f"Sorry, we can't find the page you are looking for: {request.path}")
             name, handler, names = route
             if request.is_hit(Kind.QUOTA) and name != "lfs-batch":

@@ -31,7 +31,7 @@ async def tree(state: State, request: Request, names: Mapping[str, str]) -> Resp
         if path and path.startswith(prefix) and (recursive or "/" not in path.removeprefix(prefix))
     )
     touched = _last_commits(repo, commit) if expand else {}
-    rows = [_row(path, files, folders, touched) for path in paths]
+    rows = [_row(repo, path, files, folders, touched) for path in paths]
     size = max(1, state.limits.page_entries // (20 if expand else 1))
     return _page(state, request, rows, size, commit)
 
@@ -50,7 +50,7 @@ async def paths_info(state: State, request: Request, names: Mapping[str, str]) -
     files = repo.tree(commit)
     folders = folder_oids(files)
     touched = _last_commits(repo, commit) if expand else {}
-    return answer([_row(path, files, folders, touched) for path in paths if path in files or path in folders])
+    return answer([_row(repo, path, files, folders, touched) for path in paths if path in files or path in folders])
 
 
 async def commits(state: State, request: Request, names: Mapping[str, str]) -> Response:
@@ -71,7 +71,7 @@ async def commits(state: State, request: Request, names: Mapping[str, str]) -> R
 
 
 def _row(
-    path: str, files: Mapping[str, Entry], folders: Mapping[str, str], touched: Mapping[str, Commit]
+    repo: Repository, path: str, files: Mapping[str, Entry], folders: Mapping[str, str], touched: Mapping[str, Commit]
 ) -> dict[str, Any]:
     entry = files.get(path)
     row: dict[str, Any]
@@ -82,6 +82,8 @@ def _row(
         if entry.sha256 is not None:
             size = len(pointer(entry.sha256, entry.size_bytes))
             row["lfs"] = {"oid": entry.sha256, "size": entry.size_bytes, "pointerSize": size}
+            if xet_hash := repo.xet_hash(entry.sha256):
+                row["xetHash"] = xet_hash
     if path in touched:
         commit = touched[path]
         row["lastCommit"] = {"id": commit.oid, "title": commit.title, "date": commit.date}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,16 @@ class Request:
         """Return whether a fault of this kind is to be carried out."""
         return self.rule is not None and self.rule.kind is kind
 
+    def byte_ranges(self, size_bytes: int) -> list[tuple[int, int]] | None:
+        """Return the byte ranges (the end not included) that are asked for of something of this size.
+
+        None where no range is asked for; those that lie outside are left out.
+        """
+        wanted = self.headers.get("range")
+        if wanted is None:
+            return None
+        return byte_ranges(wanted, size_bytes)
+
     async def read_until(self, size_bytes: int) -> None:
         """Read the body until so much of it is here, or all."""
         async for _ in self.blocks():
@@ -156,24 +167,43 @@ def refusal_answer(refusal: refusals.RefusedError) -> Response:
 
 
 def file_answer(request: Request, path: Path, headers: Mapping[str, str]) -> Response:
-    """Return a file, or the one byte range of it that was asked for; 416 when that lies outside."""
+    """Return a file, or the byte ranges of it that were asked for; 416 when they lie outside."""
     size_bytes = path.stat().st_size
     sent = {"Accept-Ranges": "bytes", **headers}
-    wanted = request.headers.get("range")
-    if wanted is None:
+    spans = request.byte_ranges(size_bytes)
+    if spans is None:
         return Response(body=FilePart(path=path, start=0, end=size_bytes), headers=sent)
-    span = _span(wanted, size_bytes)
-    if span is None:
+    if not spans:
         return Response(status=416, headers={**sent, "Content-Range": f"bytes */{size_bytes}"})
-    start, end = span
+    if len(spans) > 1:
+        return _parts_answer(path, spans, sent)
+    start, end = spans[0]
     sent["Content-Range"] = f"bytes {start}-{end - 1}/{size_bytes}"
     return Response(status=206, body=FilePart(path=path, start=start, end=end), headers=sent)
 
 
+def _parts_answer(path: Path, spans: Sequence[tuple[int, int]], headers: Mapping[str, str]) -> Response:
+    content = path.read_bytes()
+    boundary = secrets.token_hex(16)
+    body = b""
+    for start, end in spans:
+        head = f"\r\n--{boundary}\r\nContent-Range: bytes {start}-{end - 1}/{len(content)}\r\n\r\n"
+        body += head.encode() + content[start:end]
+    body = body.removeprefix(b"\r\n") + f"\r\n--{boundary}--\r\n".encode()
+    sent = {**headers, "Content-Type": f"multipart/byteranges; boundary={boundary}"}
+    return Response(status=206, body=body, headers=sent)
+
+
+def byte_ranges(wanted: str, size_bytes: int) -> list[tuple[int, int]]:
+    """Return what a `Range` header asks for, as `Request.byte_ranges`."""
+    unit, _, text = wanted.partition("=")
+    spans = [_span(part, size_bytes) for part in text.split(",")] if unit.strip() == "bytes" else []
+    return [span for span in spans if span is not None]
+
+
 def _span(wanted: str, size_bytes: int) -> tuple[int, int] | None:
-    unit, _, span = wanted.partition("=")
-    first, dash, last = span.strip().partition("-")
-    if unit.strip() != "bytes" or not dash or not (first + last).isdigit():
+    first, dash, last = wanted.strip().partition("-")
+    if not dash or not (first + last).isdigit():
         return None
     if not first:
         start, end = max(0, size_bytes - int(last)), size_bytes

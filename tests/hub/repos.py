@@ -182,12 +182,17 @@ class Repository:
             self.save()
 
     def has_large(self, sha256: str) -> bool:
-        """Return whether this LFS object was uploaded to this repository."""
+        """Return whether this large file was uploaded to this repository."""
         return (self.folder / "lfs" / sha256).exists()
 
-    def mark_large(self, sha256: str) -> None:
-        """Record that this LFS object was uploaded to this repository."""
-        write_atomically(self.folder / "lfs" / sha256, b"")
+    def mark_large(self, sha256: str, xet_hash: str = "") -> None:
+        """Record that this large file was uploaded to this repository, and how Xet calls it if it came that way."""
+        write_atomically(self.folder / "lfs" / sha256, xet_hash or self.xet_hash(sha256) or "")
+
+    def xet_hash(self, sha256: str) -> str | None:
+        """Return how Xet calls a large file, None where it did not come that way."""
+        path = self.folder / "lfs" / sha256
+        return (path.read_text() or None) if path.exists() else None
 
 
 @dataclass(slots=True, kw_only=True)

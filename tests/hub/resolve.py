@@ -30,6 +30,10 @@ async def resolve(state: State, request: Request, names: Mapping[str, str]) -> R
         headers["Content-Type"] = "text/plain; charset=utf-8"
         return file_answer(request, state.blobs.small_path(entry.oid), headers)
     headers["X-Linked-ETag"] = f'"{entry.sha256}"'
+    xet_hash = repo.xet_hash(entry.sha256) if state.xet else None
+    if xet_hash is not None:
+        route = f"{state.endpoint}/api/models/{repo.repo_id}/xet-read-token/{commit}"
+        headers |= {"X-Xet-Hash": xet_hash, "Link": f'<{route}>; rel="xet-auth"'}
     headers["Location"] = state.signed_url(
         state.blob_endpoint, f"/blobs/{entry.sha256}", oid=entry.sha256, repo=repo.repo_id, filename=quote(name)
     )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from urllib.parse import unquote
 
-from tests.hub import api, commits, lfs, listing, resolve
+from tests.hub import api, cas, commits, lfs, listing, resolve
 from tests.hub.protocol import Request, Response
 from tests.hub.state import State
 
@@ -16,6 +16,7 @@ Route = tuple[str, Handler, dict[str, str]]
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
 _MODEL = rf"/api/models/{_REPO}"
 _REV = r"(?P<rev>[^/]+)"
+_HASH = r"(?P<hash>[0-9a-f]{64})"
 _LFS = rf"/{_REPO}\.git/info/lfs"
 
 # Name, method, raw path, handler; the first match wins. Groups are matched while still encoded, so that a tag such as
@@ -40,7 +41,8 @@ _API: tuple[tuple[str, str, str, Handler], ...] = (
     ("tree", "GET", rf"{_MODEL}/tree/{_REV}(?:/(?P<path>.*))?", listing.tree),
     ("paths-info", "POST", rf"{_MODEL}/paths-info/{_REV}", listing.paths_info),
     ("commits", "GET", rf"{_MODEL}/commits/{_REV}", listing.commits),
-    ("xet-token", "GET", rf"{_MODEL}/xet-(?:read|write)-token/{_REV}", api.xet_token),
+    ("xet-read-token", "GET", rf"{_MODEL}/xet-read-token/{_REV}", cas.read_token),
+    ("xet-write-token", "GET", rf"{_MODEL}/xet-write-token/{_REV}", cas.write_token),
     ("lfs-batch", "POST", rf"{_LFS}/objects/batch", lfs.batch),
     ("lfs-verify", "POST", rf"{_LFS}/objects/verify", lfs.verify),
     ("resolve", "GET", rf"/{_REPO}/resolve/{_REV}/(?P<path>.+)", resolve.resolve),
@@ -49,6 +51,16 @@ _BLOB_HOST: tuple[tuple[str, str, str, Handler], ...] = (
     ("lfs-put", "PUT", r"/blobs/[^/]+", lfs.put_object),
     ("lfs-part", "PUT", r"/parts/[^/]+", lfs.put_part),
     ("blob", "GET", r"/blobs/[^/]+", lfs.get_object),
+    ("xet-chunk", "GET", rf"/v1/chunks/[^/]+/{_HASH}", cas.chunk),
+    ("xet-grant", "POST", rf"/v1/xorb-grants/default/{_HASH}", cas.grant),
+    ("xet-put", "POST", rf"/v1/xorbs/default/{_HASH}", cas.put_xorb),
+    ("xet-head", "HEAD", rf"/v1/xorbs/default/{_HASH}", cas.head_xorb),
+    ("xet-shard", "POST", r"/v2/shards", cas.stream_shard),
+    ("xet-shard-v1", "POST", r"/v1/shards", cas.put_shard),
+    ("xet-file", "GET", rf"/v2/reconstructions/{_HASH}", cas.reconstruction),
+    ("xet-file-v1", "GET", rf"/v1/reconstructions/{_HASH}", cas.reconstruction_v1),
+    ("xet-get", "GET", rf"/xorbs/{_HASH}", cas.get_xorb),
+    ("xet-telemetry", "POST", r"/v1/telemetry", cas.telemetry),
 )
 ENDPOINTS = frozenset(name for name, *_ in (*_API, *_BLOB_HOST))
 
@@ -57,7 +69,7 @@ def find_route(request: Request, blob_host: str) -> Route | None:
     """Return name, handler and decoded names of the endpoint that a request is for; None where there is none."""
     method = "GET" if request.method == "HEAD" else request.method
     for name, wanted, pattern, handler in _BLOB_HOST if request.host == blob_host else _API:
-        found = re.fullmatch(pattern, request.path) if wanted == method else None
+        found = re.fullmatch(pattern, request.path) if wanted in (method, request.method) else None
         if found is not None:
             names = {key: unquote(text) for key, text in found.groupdict().items() if text is not None}
             return name, handler, names

@@ -21,6 +21,7 @@ from tests.hub.routes import ENDPOINTS
 from tests.hub.state import Exchange, Limits, State
 from tests.hub.view import RepoView, seed
 from tests.hub.wire import Protocol
+from tests.hub.xetstore import XetStore
 
 _DEFAULT = Limits()
 
@@ -36,15 +37,20 @@ class LocalHub:
         root: the folder.
     """
 
-    def __init__(self, root: Path, limits: Limits, *, bind: str, port: int, api_host: str, blob_host: str) -> None:
+    def __init__(
+        self, root: Path, limits: Limits, *, xet: bool, bind: str, port: int, api_host: str, blob_host: str
+    ) -> None:
         self.root = root
         self._socket = _listening_socket(bind, port)
         port = self._socket.getsockname()[1]
         self.endpoint = f"http://{api_host}:{port}"
+        blobs = Blobs(root=root / "blobs")
         self._state = State(
             accounts=Accounts(file=root / "accounts.json"),
             repos=Repositories(root=root / "repos"),
-            blobs=Blobs(root=root / "blobs"),
+            blobs=blobs,
+            xet=xet,
+            xet_store=XetStore(root=root / "xet", blobs=blobs),
             limits=limits,
             endpoint=self.endpoint,
             blob_endpoint=f"http://{blob_host}:{port}",
@@ -70,6 +76,7 @@ class LocalHub:
         root: Path,
         *,
         limits: Limits = _DEFAULT,
+        xet: bool = True,
         bind: str = "127.0.0.1",
         port: int = 0,
         api_host: str = "localhost",
@@ -80,6 +87,7 @@ class LocalHub:
         Args:
             root: where everything is kept; made if absent.
             limits: sizes and rates at which it changes its behaviour.
+            xet: whether clients may use the Xet protocol; else only LFS.
             bind: address to listen on.
             port: 0 for a free one.
             api_host: name under which clients reach the API.
@@ -89,7 +97,7 @@ class LocalHub:
         if api_host == blob_host:
             raise ValueError("the blob host must have another name than the API host")
         root.mkdir(parents=True, exist_ok=True)
-        hub = cls(root, limits, bind=bind, port=port, api_host=api_host, blob_host=blob_host)
+        hub = cls(root, limits, xet=xet, bind=bind, port=port, api_host=api_host, blob_host=blob_host)
         hub._thread.start()
         return hub
 
@@ -184,16 +192,17 @@ class LocalHub:
         """Empty the log."""
         self._state.log.clear()
 
-    def env(self, token: str | None = None, *, home: Path | None = None) -> dict[str, str]:
+    def env(self, token: str | None = None, *, home: Path | None = None, xet: bool = False) -> dict[str, str]:
         """Return what a client process needs in its environment.
 
         Args:
             token: for `HF_TOKEN`; None leaves it out.
             home: for `HF_HOME`, which should be fresh for each test; None leaves it out.
+            xet: whether the client uses Xet where it can.
         """
         env = {
             "HF_ENDPOINT": self.endpoint,
-            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_XET": "0" if xet else "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "NO_PROXY": "localhost,127.0.0.1",

@@ -16,6 +16,7 @@ from tests.hub.faults import Faults, Kind
 from tests.hub.meter import Meter
 from tests.hub.protocol import Request
 from tests.hub.repos import Repositories, Repository
+from tests.hub.xetstore import XetStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,8 @@ class Limits:
         page_entries: entries on a page of a listing (a twentieth of it when expanded).
         api_calls: allowed in each window; 0 for no limit.
         window_s: length of such a window.
+        xet_token_s: how long a token of the Xet storage is valid.
+        xet_knows_chunks: whether the storage tells clients which chunks it has already.
     """
 
     multipart_threshold_bytes: int = 64 << 20
@@ -37,6 +40,8 @@ class Limits:
     page_entries: int = 1000
     api_calls: int = 0
     window_s: float = 300.0
+    xet_token_s: float = 3600.0
+    xet_knows_chunks: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +79,7 @@ class State:
         endpoint: URL of the API.
         blob_endpoint: URL of the blob host; another origin, so that clients must not send their token there.
         blob_host: its host name.
+        xet: whether clients may use the Xet protocol; else only LFS.
         log: all exchanges so far.
     """
 
@@ -84,6 +90,8 @@ class State:
     endpoint: str
     blob_endpoint: str
     blob_host: str
+    xet: bool
+    xet_store: XetStore
     faults: Faults = field(default_factory=Faults)
     log: list[Exchange] = field(default_factory=list)
     meter: Meter = field(init=False)
@@ -144,7 +152,8 @@ class State:
 
     def signed_url(self, base: str, path: str, **fields: str) -> str:
         """Return a URL that needs no token: its fields are covered by a signature."""
-        query = urlencode({**fields, "signature": self._signature(path, fields)})
+        fields["nonce"] = secrets.token_hex(8)
+        query = urlencode({**fields, "signature": self.signature(path, fields)})
         return f"{base}{quote(path)}?{query}"
 
     def signed_fields(self, request: Request) -> dict[str, str]:
@@ -153,14 +162,23 @@ class State:
             raise refusals.bad_request("Only one auth mechanism allowed; a signed URL must come without Authorization")
         fields = {name: values[0] for name, values in request.query.items()}
         signature = fields.pop("signature", "")
-        if not hmac.compare_digest(signature, self._signature(request.path, fields)):
+        if not hmac.compare_digest(signature, self.signature(request.path, fields)):
             raise refusals.forbidden("The signature of this URL does not match")
         if request.is_hit(Kind.EXPIRED):
-            self._expired.add(signature)
-        if signature in self._expired:
+            self.expire(signature)
+        if self.is_expired(signature):
             raise refusals.forbidden("Request has expired")
         return fields
 
-    def _signature(self, path: str, fields: Mapping[str, str]) -> str:
+    def expire(self, signature: str) -> None:
+        """Refuse from now on what carries this signature."""
+        self._expired.add(signature)
+
+    def is_expired(self, signature: str) -> bool:
+        """Return whether something that was signed has expired."""
+        return signature in self._expired
+
+    def signature(self, path: str, fields: Mapping[str, str]) -> str:
+        """Return the signature of a URL or token."""
         text = path + "?" + urlencode(sorted(fields.items()))
         return hmac.new(self._secret, text.encode(), hashlib.sha256).hexdigest()
