@@ -96,7 +96,7 @@ lock: $(READY) ## requirements*.in to requirements*.lock; UV_ARGS=--upgrade take
 image: ## the container image
 	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) --build-arg TORCH='$(TORCH)' -t $(IMAGE) .
 
-bench: $(READY) ## wall time and memory beside cp, copy and sha256, and PEFT
+bench: $(READY) ## wall time and memory beside copies, PEFT and, where `python -m bench.peers setup` was run, other peers
 	$(BIN)/python -m bench.merge $(BENCH_ARGS)
 
 clean: ## remove what the targets made, the demo's downloads included

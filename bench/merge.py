@@ -1,171 +1,198 @@
-"""Measure the merge beside `cp`, beside copy and sha256, and beside PEFT, on the same files in one run.
+"""Measure the merge beside `cp`, beside copy and sha256, beside PEFT and other peers, on the same files in one run.
 
     python -m bench.merge --size-gb 2 --rounds 3
+    python -m bench.merge --full --write docs/benchmarks.md
 
-Each contestant is a process of its own; anonymous and resident memory are sampled from /proc every 10 ms. The
-rounds are interleaved, and the median is printed: file systems of shared machines are noisy.
+Each contestant is a process of its own in each round, measured from outside; the rounds are interleaved. Before every
+run the inputs are read once, so that files are warm, and what others wrote is on disk. `python -m bench.peers setup`
+makes the peers' environments; without them only those that need none take part.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
+import os
+import shlex
+import shutil
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-SAMPLE_EVERY_S = 0.01
+from bench.contestants import Contestant, contestants
+from bench.machine import describe
+from bench.measure import Failure, Limits, Run, measure
+from bench.report import tables, write_page
+
 ROOT = Path(__file__).resolve().parent.parent
-
-COPY_AND_HASH = """
-import hashlib, json, shutil, sys, time
-from pathlib import Path
-source, target = Path(sys.argv[1]), Path(sys.argv[2])
-target.mkdir()
-started = time.monotonic()
-for path in sorted(source.iterdir()):
-    with path.open("rb") as read, (target / path.name).open("wb") as write:
-        shutil.copyfileobj(read, write, 4 << 20)
-for path in sorted(target.iterdir()):
-    with path.open("rb") as read:
-        hashlib.file_digest(read, "sha256")
-print(json.dumps({"after_imports_s": time.monotonic() - started}))
-"""
-PEFT = """
-import json, sys, time
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-started = time.monotonic()
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
-PeftModel.from_pretrained(model, sys.argv[3]).merge_and_unload().save_pretrained(sys.argv[2])
-print(json.dumps({"after_imports_s": time.monotonic() - started}))
-"""
-OURS = """
-import json, sys, time
-from pathlib import Path
-from runner.merge import merge
-from runner.prepare import prepare
-started = time.monotonic()
-prepared = prepare(Path(sys.argv[1]), Path(sys.argv[3]), dtype="auto")
-planned = time.monotonic()
-merged = merge(prepared, into=Path(sys.argv[2]))
-print(json.dumps({"after_imports_s": time.monotonic() - started, "plan_s": planned - started, "digest": merged.digest}))
-"""
+READ_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One contestant once; seconds and bytes."""
+class Case:
+    """One base with one adapter.
 
-    wall_s: float
-    after_imports_s: float | None
-    cpu_s: float
-    anonymous_bytes: int
-    resident_bytes: int
+    Attributes:
+        size_gb: of the bf16 base, in 1e9 bytes.
+        targets: modules that the adapter changes; empty for all linear ones.
+        rounds: how often each contestant runs.
+        r: rank of the adapter.
+    """
 
-
-def measure(command: list[str]) -> Run:
-    """Run `command` and return what it took; it may print its time after imports as JSON in its last line."""
-    started = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    anonymous = resident = ticks = 0
-    while process.poll() is None:
-        found = _memory(process.pid)
-        anonymous, resident = max(anonymous, found[0]), max(resident, found[1])
-        ticks = max(ticks, _cpu_ticks(process.pid))
-        time.sleep(SAMPLE_EVERY_S)
-    wall_s = time.monotonic() - started
-    output, errors = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"{command[:2]} failed:\n{errors[-2000:]}")
-    last = output.strip().splitlines()[-1:] or ["{}"]
-    after = json.loads(last[0]).get("after_imports_s")
-    return Run(
-        wall_s=wall_s, after_imports_s=after, cpu_s=ticks / 100, anonymous_bytes=anonymous, resident_bytes=resident
-    )
+    size_gb: float
+    targets: tuple[str, ...] = ()
+    rounds: int = 3
+    r: int = 16
 
 
-def contestants(base: Path, adapter: Path, out: Path) -> dict[str, list[str]]:
-    """Return name → command that leaves its result in `out`."""
-    python = [sys.executable, "-W", "ignore", "-c"]
-    return {
-        "cp": ["cp", "-r", str(base), str(out)],
-        "copy, then sha256": [*python, COPY_AND_HASH, str(base), str(out)],
-        "lora-merge-action": [*python, OURS, str(base), str(out), str(adapter)],
-        "PEFT": [*python, PEFT, str(base), str(out), str(adapter)],
-    }
+FULL = (
+    Case(size_gb=0.3, rounds=3),
+    Case(size_gb=1, rounds=3),
+    Case(size_gb=3, rounds=2),
+    Case(size_gb=3, rounds=2, targets=("q_proj", "v_proj")),
+    Case(size_gb=8, rounds=1),
+)
 
 
 def main() -> None:
-    """Make the model, run the rounds, print the table."""
+    """Run the cases, print the tables, and write what was asked for."""
+    arguments = parse()
+    if arguments.from_json:
+        document = json.loads(arguments.from_json.read_text())
+    else:
+        document = {"command": command(arguments), "machine": describe(), "cases": []}
+        limits = Limits(wall_s=arguments.timeout, anonymous_bytes=int(available_bytes() * 0.95))
+        chosen = [one for one in contestants() if not arguments.only or one.name in arguments.only]
+        for case in cases(arguments):
+            document["cases"].append(run_case(case, chosen, limits, arguments.folder, compare=arguments.compare))
+            if arguments.json:
+                arguments.json.write_text(json.dumps(document, indent=1))
+    print(tables(document))
+    if arguments.write:
+        write_page(arguments.write, document)
+
+
+def parse() -> argparse.Namespace:
+    """Return the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-gb", type=float, default=2.0, help="of the bf16 base")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=0, help="default: 3, and with --full what each size has")
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--targets", default="all", help="`all`, or module names with commas between them")
+    parser.add_argument("--full", action="store_true", help="0.3, 1, 3 and 8 GB, and 3 GB with q and v only")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="a contestant; may be repeated")
+    parser.add_argument("--timeout", type=float, default=480.0, help="seconds after which a contestant is stopped")
+    parser.add_argument("--no-compare", dest="compare", action="store_false", help="do not compare the merges")
     parser.add_argument("--folder", type=Path, default=None, help="where to work; default: a temporary folder")
-    arguments = parser.parse_args()
+    parser.add_argument("--json", type=Path, default=None, help="write every run to this file, after each case")
+    parser.add_argument("--from-json", type=Path, default=None, help="run nothing: take the runs of this file")
+    parser.add_argument("--write", type=Path, default=None, help="page whose tables are replaced, with .json and .svg")
+    return parser.parse_args()
 
+
+def cases(arguments: argparse.Namespace) -> list[Case]:
+    """Return the cases that the arguments ask for."""
+    if arguments.full:
+        wanted = arguments.rounds
+        return [Case(**(asdict(case) | {"rounds": wanted or case.rounds, "r": arguments.r})) for case in FULL]
+    targets = () if arguments.targets == "all" else tuple(arguments.targets.split(","))
+    return [Case(size_gb=arguments.size_gb, targets=targets, rounds=arguments.rounds or 3, r=arguments.r)]
+
+
+def run_case(
+    case: Case, chosen: list[Contestant], limits: Limits, parent: Path | None, *, compare: bool
+) -> dict[str, Any]:
+    """Make base and adapter, run every contestant in every round, and return all that was found, for JSON."""
+    from bench.reference import write_reference
     from bench.synthetic import ALL_LINEAR, write_adapter, write_base
 
-    with tempfile.TemporaryDirectory(prefix="bench-merge-", dir=arguments.folder) as name:
+    with tempfile.TemporaryDirectory(prefix="bench-merge-", dir=parent) as name:
         folder = Path(name)
-        base, adapter = folder / "base", folder / "adapter"
-        layers = write_base(base, size_bytes=int(arguments.size_gb * 1e9))
-        targets = ALL_LINEAR if arguments.targets == "all" else tuple(arguments.targets.split(","))
-        write_adapter(adapter, layers=layers, r=arguments.r, targets=targets)
-        size = sum(path.stat().st_size for path in base.iterdir())
-        print(f"base: {size / 1e9:.2f} GB bf16, {layers} layers; LoRA r={arguments.r} on {', '.join(targets)}")
-        runs: dict[str, list[Run]] = {}
-        for turn in range(arguments.rounds):
-            out = folder / "out"
-            for contestant, command in contestants(base, adapter, out).items():
-                runs.setdefault(contestant, []).append(measure(command))
-                subprocess.run(["rm", "-rf", str(out)], check=True)
-            print(f"round {turn + 1} of {arguments.rounds} done", file=sys.stderr)
-        print(table(runs))
+        base, adapter, reference = folder / "base", folder / "adapter", folder / "reference"
+        shape = write_base(base, size_bytes=int(case.size_gb * 1e9))
+        write_adapter(adapter, base=base, shape=shape, r=case.r, targets=case.targets or ALL_LINEAR)
+        shards = sorted(base.glob("*.safetensors"))
+        found: dict[str, Any] = asdict(case) | asdict(shape)
+        found |= {"targets": case.targets or ALL_LINEAR, "shards": len(shards)}
+        found["base_bytes"] = sum(path.stat().st_size for path in shards)
+        print(f"base: {found['base_bytes'] / 1e9:.2f} GB bf16, {shape.layers} layers", file=sys.stderr, flush=True)
+        if compare:
+            write_reference(base, adapter, reference)
+        found["results"] = run_rounds(case, chosen, limits, folder, compare=compare)
+    return found
 
 
-def table(runs: dict[str, list[Run]]) -> str:
-    """Return medians (and the range of wall time) as a Markdown table."""
-    lines = [
-        "| contestant | wall s | min-max | after imports s | CPU s | peak anonymous MB | peak resident MB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name, done in runs.items():
-        walls = [run.wall_s for run in done]
-        afters = [run.after_imports_s for run in done if run.after_imports_s is not None]
-        after = f"{statistics.median(afters):.2f}" if afters else "-"
-        lines.append(
-            f"| {name} | {statistics.median(walls):.2f} | {min(walls):.2f}-{max(walls):.2f} | {after} "
-            f"| {statistics.median(run.cpu_s for run in done):.1f} "
-            f"| {max(run.anonymous_bytes for run in done) / 1e6:.0f} "
-            f"| {max(run.resident_bytes for run in done) / 1e6:.0f} |"
-        )
-    return "\n".join(lines)
+def run_rounds(
+    case: Case, chosen: list[Contestant], limits: Limits, folder: Path, *, compare: bool
+) -> dict[str, dict[str, Any]]:
+    """Return contestant → its runs, or why it failed (it is not tried again), and how far its merge is off."""
+    from bench.reference import compare as compare_merges
+
+    base, adapter, scratch = folder / "base", folder / "adapter", folder / "scratch"
+    out = scratch / "out"
+    results: dict[str, dict[str, Any]] = {one.name: {"runs": []} for one in chosen}
+    for turn in range(case.rounds):
+        for one in chosen:
+            result = results[one.name]
+            if "failure" in result:
+                continue
+            scratch.mkdir()
+            warm(base, adapter)
+            found = measure(
+                one.arguments(base, out, adapter),
+                folder=scratch,
+                limits=limits,
+                environment=one.environment(scratch),
+            )
+            if isinstance(found, Run) and compare and one.merges and turn == 0:
+                result["difference"] = asdict(compare_merges(base, folder / "reference", out))
+            note(result, found)
+            shutil.rmtree(scratch)
+            took = f"{found.wall_s:.1f} s" if isinstance(found, Run) else found.why
+            print(f"round {turn + 1} of {case.rounds}: {one.name}: {took}", file=sys.stderr, flush=True)
+    return results
 
 
-def _memory(pid: int) -> tuple[int, int]:
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0, 0
-    fields = dict(line.split(":", 1) for line in status.splitlines() if line.startswith(("RssAnon", "VmRSS")))
-    kilobytes = {name: int(value.split()[0]) for name, value in fields.items()}
-    return kilobytes.get("RssAnon", 0) << 10, kilobytes.get("VmRSS", 0) << 10
+def note(result: dict[str, Any], found: Run | Failure) -> None:
+    """Add a run to a contestant's result; a failure replaces its times, so that it can never pass for one."""
+    if isinstance(found, Run):
+        result["runs"].append(asdict(found))
+    else:
+        result |= {"failure": found.why, "output": found.output, "runs": []}
+        print(found.output, file=sys.stderr, flush=True)
 
 
-def _cpu_ticks(pid: int) -> int:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return int(fields[11]) + int(fields[12])
+def warm(*folders: Path) -> None:
+    """Read every file into the page cache, after what is still to be written is on disk."""
+    os.sync()
+    buffer = bytearray(READ_BYTES)
+    for folder in folders:
+        for path in folder.iterdir():
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+
+def available_bytes() -> int:
+    """Return how much memory a program can get without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    raise SystemExit("/proc/meminfo has no MemAvailable: a Linux kernel is needed.")
+
+
+def command(arguments: argparse.Namespace) -> str:
+    """Return the command line that this is, as one would type it in the repository, less where it works and writes."""
+    if arguments.full:
+        what = ["--full"] + (["--rounds", str(arguments.rounds)] if arguments.rounds else [])
+    else:
+        what = ["--size-gb", f"{arguments.size_gb:g}", "--rounds", str(arguments.rounds or 3)]
+        what += ["--targets", arguments.targets] if arguments.targets != "all" else []
+    what += ["--r", str(arguments.r)] if arguments.r != 16 else []
+    only = [word for name in arguments.only for word in ("--only", shlex.quote(name))]
+    return " ".join(["python -m bench.merge", *what, *only, "--write docs/benchmarks.md"])
 
 
 if __name__ == "__main__":
