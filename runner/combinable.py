@@ -29,7 +29,7 @@ _LOST: Mapping[str, str] = MappingProxyType(
         "use_dora": "a magnitude is relative to the adapter's own direction; PEFT would leave it at the base's norm",
         "modules_to_save": "whole modules have no low-rank factors; PEFT would put the base's in their place",
         "trainable_token_indices": "trained rows have no low-rank factors; PEFT would drop them",
-        "bias": "trained biases are no low-rank factors; PEFT would keep those that were loaded last",
+        "bias": "trained biases are no low-rank factors; PEFT would keep them whole, whatever the weight",
         "lora_bias": "PEFT would drop the biases beside the factors",
         "target_parameters": "PEFT combines factors of modules only",
         "ensure_weight_tying": "PEFT would tie the combined factors anew, not as they were trained",

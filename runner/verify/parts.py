@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights
+from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
 from runner.combination import Combination
@@ -31,11 +31,18 @@ def load_parts(model: nn.Module, paths: Sequence[Path]) -> PeftModel:
     try:
         with quiet():
             for number, path in enumerate(paths):
+                config = PeftConfig.from_pretrained(str(path))
+                config.inference_mode = True
                 if peft_model is None:
-                    peft_model = PeftModel.from_pretrained(model, str(path), adapter_name=_name(0), torch_device="cpu")
+                    peft_model = get_peft_model(model, config, adapter_name=_name(number))
                 else:
-                    peft_model.load_adapter(str(path), adapter_name=_name(number), torch_device="cpu")
-                weights = load_peft_weights(str(path), device="cpu")
+                    peft_model.add_adapter(_name(number), config)
+                weights = {
+                    name: tensor
+                    for name, tensor in load_peft_weights(str(path), device="cpu").items()
+                    if "base_layer" not in name.split(".")  # PEFT's copy of the base beside an embedding's factors
+                }
+                set_peft_model_state_dict(peft_model, weights, adapter_name=_name(number))
                 placed = get_peft_model_state_dict(peft_model, adapter_name=_name(number), save_embedding_layers=False)
                 _check_placed(weights, placed)
     except LOAD_ERRORS as error:
@@ -45,8 +52,6 @@ def load_parts(model: nn.Module, paths: Sequence[Path]) -> PeftModel:
 
 def _check_placed(weights: Mapping[str, torch.Tensor], placed: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in weights.items():
-        if "base_layer" in name.split("."):
-            continue
         if name not in placed or not torch.equal(placed[name].double(), tensor.double()):
             raise AdapterMismatch(
                 f"PEFT does not hold the adapter tensor {name!r} as it is stored.",
