@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import yaml
@@ -14,7 +15,7 @@ import yaml
 from runner.inherited import Inherited
 from runner.markdown import code, escape, table
 from runner.pictures import Picture
-from runner.provenance import MANIFEST, REPORT_FOLDER, MergeFacts, Origin, quality_numbers, rounded
+from runner.provenance import MANIFEST, REPORT_FOLDER, AdapterOrigin, MergeFacts, Origin, quality_numbers, rounded
 from runner.verify.verdict import Check, Quality, Status, Verdict
 
 OWN_TAG = "lora-merge"
@@ -112,9 +113,15 @@ def _story(facts: CardFacts) -> str:
     counts = f"{merge.tensors_merged} tensors were changed, {merge.tensors_copied} are the base's bytes"
     counts += f", {merge.tensors_cast} were cast" if merge.tensors_cast else ""
     counts += f", {merge.tensors_added} were added" if merge.tensors_added else ""
+    origin = facts.origin
+    if origin.combination is None:
+        what = f"the {escape(merge.peft_type)} adapter {_adapter(origin.adapters[0])}"
+    else:
+        what = f"{len(origin.adapters)} {escape(merge.peft_type)} adapters ({code(origin.combination.kind)}: "
+        what += ", ".join(f"{_adapter(adapter)} × {weight!r}" for adapter, weight in origin.weighted) + ")"
     return (
-        f"This is {_base(facts.origin)} with the {escape(merge.peft_type)} adapter {_adapter(facts.origin)} merged "
-        f"into its weights ({code(merge.output_dtype)}). It loads as any transformers model; PEFT is not needed. "
+        f"This is {_base(origin)} with {what} merged into its weights "
+        f"({code(merge.output_dtype)}). It loads as any transformers model; PEFT is not needed. "
         f"{counts}."
     )
 
@@ -170,16 +177,29 @@ def _provenance(facts: CardFacts) -> str:
             "base revision" if origin.base_commit else "base digest",
             code(origin.base_commit or origin.base_digest or ""),
         ],
-        ["adapter", _adapter(origin)],
-        ["adapter digest", code(origin.adapter_digest)],
+        *_adapter_rows(origin),
         ["merged digest", code(facts.merged_digest)],
         ["input digest", code(origin.input_digest())],
         ["dtype", code(origin.dtype)],
         ["made by", code(f"lora-merge-action {origin.version}")],
     ]
-    if origin.adapter_commit:
-        rows.insert(3, ["adapter revision", code(origin.adapter_commit)])
     return table(["", ""], rows)
+
+
+def _adapter_rows(origin: Origin) -> list[list[str]]:
+    rows = []
+    for number, (adapter, weight) in enumerate(origin.weighted, start=1):
+        noun = "adapter" if origin.combination is None else f"adapter {number}"
+        rows.append([noun, _adapter(adapter)])
+        if adapter.commit:
+            rows.append([f"{noun} revision", code(adapter.commit)])
+        rows.append([f"{noun} digest", code(adapter.digest)])
+        if origin.combination is not None:
+            rows.append([f"{noun} weight", code(repr(weight))])
+    if origin.combination is not None:
+        rows.append(["combination", code(origin.combination.text)])
+        rows.append(["adapters digest", code(origin.digest_of_adapters)])
+    return rows
 
 
 def _check_it(facts: CardFacts) -> str:
@@ -189,7 +209,8 @@ def _check_it(facts: CardFacts) -> str:
         ["merged-path", code(f"{facts.repo_id}@{facts.tag}")],
         ["base-model", code(origin.base_repo_id) if origin.base_repo_id else _base(origin)],
         ["base-revision", code(origin.base_commit) if origin.base_commit else ""],
-        ["adapter-path", _adapter_reference(origin)],
+        ["adapter-path", "<br>".join(_adapter_references(origin))],
+        *_combination_rows(origin),
     ]
     return (
         f"{code(MANIFEST)} lists size and sha256 of every file. "
@@ -206,16 +227,33 @@ def _base(origin: Origin) -> str:
     )
 
 
-def _adapter(origin: Origin) -> str:
-    if origin.adapter_repo_id:
-        return code(origin.adapter_repo_id)
-    return f"from a local folder (digest {code(_short(origin.adapter_digest))})"
+def _adapter(adapter: AdapterOrigin) -> str:
+    if adapter.repo_id:
+        return code(adapter.repo_id)
+    return f"from a local folder (digest {code(_short(adapter.digest))})"
 
 
-def _adapter_reference(origin: Origin) -> str:
-    if origin.adapter_repo_id and origin.adapter_commit:
-        return code(f"{origin.adapter_repo_id}@{origin.adapter_commit}")
-    return f"the folder with the digest {code(_short(origin.adapter_digest))}"
+def _adapter_references(origin: Origin) -> Iterator[str]:
+    """Yield one line of `adapter-path` for each adapter."""
+    for adapter, weight in origin.weighted:
+        behind = "" if origin.combination is None else f" {weight!r}"
+        if adapter.repo_id and adapter.commit:
+            yield code(f"{adapter.repo_id}@{adapter.commit}{behind}")
+        else:
+            yield f"the folder with the digest {code(_short(adapter.digest))}" + (behind and f", weight{behind}")
+
+
+def _combination_rows(origin: Origin) -> list[list[str]]:
+    wanted = origin.combination
+    if wanted is None:
+        return []
+    given = {
+        "combination": wanted.kind,
+        "combination-density": wanted.density,
+        "combination-seed": wanted.seed,
+        "combination-majority-sign": wanted.majority_sign,
+    }
+    return [[name, code(str(value))] for name, value in given.items() if value is not None]
 
 
 def _short(digest: str | None) -> str:

@@ -44,6 +44,9 @@ LICENCES = frozenset(
 )  # the identifiers that the Hub takes; another one is given as `other` with its name
 
 
+_NONE: tuple[str | None, str | None, str | None] = (None, None, None)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inherited:
     """Metadata for the new card; empty where nothing usable was found.
@@ -69,29 +72,40 @@ class Inherited:
     notes: tuple[str, ...] = ()
 
 
-def inherit(base_readme: bytes | None, adapter_readme: bytes | None) -> Inherited:
-    """Return what the cards of base and adapter say about the merged model.
+def inherit(base_readme: bytes | None, *adapter_readmes: bytes | None) -> Inherited:
+    """Return what the cards of base and adapters say about the merged model.
 
-    Licence, languages and task come from the base (a merged model is a copy of it); the adapter's are used where the
-    base says nothing. Datasets come from the adapter, tags from both.
+    Licence, languages and task come from the base (a merged model is a copy of it); where it says nothing, from the
+    first adapter that does, and the licence is `other` where adapters disagree. Datasets come from the adapters, tags
+    from all.
 
     Args:
         base_readme: README.md of the base, or None.
-        adapter_readme: README.md of the adapter, or None.
+        adapter_readmes: README.md of each adapter, or None.
     """
     notes: list[str] = []
     base = _front_matter(base_readme, "base", notes)
-    adapter = _front_matter(adapter_readme, "adapter", notes)
-    owner = base if "license" in base else adapter
-    licence, licence_name, licence_link = _licence(owner, notes)
+    adapters = [_front_matter(readme, "adapter", notes) for readme in adapter_readmes]
+    owners = [card for card in (base, *adapters) if "license" in card]
+    if "license" in base:
+        owners = [base]
+    licences = dict.fromkeys(_licence(owner, notes) for owner in owners)
+    if len(licences) > 1:
+        notes.append("The adapters have different licences, and the base names none: told as `other`.")
+    licence, licence_name, licence_link = next(iter(licences), _NONE) if len(licences) < 2 else ("other", None, None)
+
+    def first(key: str, form: re.Pattern[str]) -> tuple[str, ...]:
+        found = (_values(card, key, form, notes) for card in (base, *adapters))
+        return next(filter(None, found), ())
+
     return Inherited(
         licence=licence,
         licence_name=licence_name,
         licence_link=licence_link,
-        languages=_values(base, "language", _LANGUAGE, notes) or _values(adapter, "language", _LANGUAGE, notes),
-        pipeline_tag=_one(base, "pipeline_tag", _TASK, notes) or _one(adapter, "pipeline_tag", _TASK, notes),
-        datasets=_values(adapter, "datasets", _DATASET, notes),
-        tags=_unique(tag for card in (base, adapter) for tag in _values(card, "tags", _TAG, notes) if _is_kept(tag)),
+        languages=first("language", _LANGUAGE),
+        pipeline_tag=next(filter(None, (_one(card, "pipeline_tag", _TASK, notes) for card in (base, *adapters))), None),
+        datasets=_unique(value for card in adapters for value in _values(card, "datasets", _DATASET, notes)),
+        tags=_unique(tag for card in (base, *adapters) for tag in _values(card, "tags", _TAG, notes) if _is_kept(tag)),
         notes=tuple(notes),
     )
 

@@ -70,6 +70,12 @@ class Origin:
         return (first, *self.more_adapters)
 
     @property
+    def weighted(self) -> tuple[tuple[AdapterOrigin, float], ...]:
+        """All adapters in their order, each with its weight."""
+        weights = (1.0,) if self.combination is None else self.combination.weights
+        return tuple(zip(self.adapters, weights, strict=True))
+
+    @property
     def digest_of_adapters(self) -> str:
         """The adapter's digest; of several, sha256 over their digests, one a line in their order."""
         if not self.more_adapters:
@@ -182,9 +188,7 @@ def _several(origin: Origin) -> dict[str, Any]:
     wanted = origin.combination
     if wanted is None:
         return {}
-    adapters = [
-        {**asdict(adapter), "weight": weight} for adapter, weight in zip(origin.adapters, wanted.weights, strict=True)
-    ]
+    adapters = [{**asdict(adapter), "weight": weight} for adapter, weight in origin.weighted]
     how = {"kind": wanted.kind, "density": wanted.density, "seed": wanted.seed, "majority_sign": wanted.majority_sign}
     return {"adapters": adapters, "adapters_digest": origin.digest_of_adapters, "combination": how}
 

@@ -213,7 +213,7 @@ class Story:
                 merged_digest=digest_of(released(merged.files)),
                 verdict=verdict,
                 pictures=self.record.pictures,
-                inherited=inherit(read_readme(base), read_readme(resolved.adapter.root)),
+                inherited=inherit(read_readme(base), *(read_readme(adapter.root) for adapter in resolved.adapters)),
             )
         )
 

@@ -179,7 +179,11 @@ def plan_section(plan: PlanSummary) -> str:
 
 def facts_section(title: str, facts: Mapping[str, object]) -> str:
     """Return names and values as a folded table; empty values are left out."""
-    rows = [(escape(name), code(str(value))) for name, value in facts.items() if value not in ("", None)]
+    rows = [
+        (escape(name), "<br>".join(code(line) for line in str(value).splitlines()))
+        for name, value in facts.items()
+        if value not in ("", None)
+    ]
     return details(title, table(("", ""), rows)) if rows else ""
 
 

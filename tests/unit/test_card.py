@@ -19,7 +19,7 @@ from runner.provenance import Origin
 from runner.verify.verdict import Check, Layer, Outcome, Status
 from tests.hub.cards import judge
 from tests.publish.world import FACTS, origin, verdict
-from tests.unit.test_provenance import QUALITY
+from tests.unit.test_provenance import QUALITY, SEVERAL
 
 EVIL = [
     "</code><script>alert(1)</script>",
@@ -75,6 +75,40 @@ def test_a_card_names_its_base_as_a_finetune_and_inherits_the_rest() -> None:
 def test_the_adapters_licence_is_used_where_the_base_names_none() -> None:
     found = inherit(None, readme("license: other\nlicense_name: my-licence\nlicense_link: LICENSE"))
     assert (found.licence, found.licence_name, found.licence_link) == ("other", "my-licence", "LICENSE")
+
+
+def test_of_several_adapters_all_datasets_and_tags_count_and_a_licence_that_all_share() -> None:
+    first = readme("license: mit\ndatasets: [acme/chats]\ntags: [sft]")
+    second = readme("license: apache-2.0\ndatasets: [acme/code, acme/chats]\ntags: [dpo]\nlanguage: en")
+
+    found = inherit(None, first, second, None)
+
+    assert (found.licence, found.licence_name) == ("other", None)
+    assert found.datasets == ("acme/chats", "acme/code")
+    assert found.tags == ("sft", "dpo")
+    assert found.languages == ("en",)
+    assert any("different licences" in note for note in found.notes)
+    assert inherit(None, first, first).licence == "mit"
+    assert inherit(readme("license: gemma"), first, second).licence == "gemma"
+
+
+def test_a_card_names_every_adapter_its_weight_and_the_combination() -> None:
+    card = make(origin=SEVERAL)
+
+    assert (
+        r"2 LORA adapters (<code>dare\_ties</code>: <code>alice/adapter</code> × 1.0, <code>o/second</code> × -0.5)"
+        in card
+    )
+    for part in ("adapter 1 digest", "adapter 2 revision", "density 0.5, seed 1", SEVERAL.digest_of_adapters):
+        assert part in card
+    for row in (
+        f"<code>alice/adapter&#64;{'2' * 40} 1.0</code><br><code>o/second&#64;{'2' * 40} -0.5</code>",
+        r"| combination | <code>dare\_ties</code> |",
+        "| combination-density | <code>0.5</code> |",
+        "| combination-seed | <code>1</code> |",
+        "| combination-majority-sign | <code>total</code> |",
+    ):
+        assert row in card
 
 
 def test_a_licence_that_the_hub_does_not_know_is_told_by_name() -> None:

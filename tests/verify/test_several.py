@@ -15,7 +15,7 @@ from runner.prepare import prepare
 from runner.verify.combined import as_one
 from runner.verify.judge import judge
 from runner.verify.verdict import Layer, Outcome, Status
-from tests.parity.test_several import combination
+from tests.parity.several import combination
 from tests.verify.tiny import lora, save_adapter, save_base
 
 ALL = ["q_proj", "v_proj", "up_proj"]
