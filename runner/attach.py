@@ -25,14 +25,15 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from runner.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
-from runner.base_model import first_line, open_base
+from runner.base_model import open_base
 from runner.checkpoint.layout import Checkpoint
 from runner.checkpoint.names import StoredNames
 from runner.combination import Combination
 from runner.combined import combine
 from runner.errors import AdapterMismatch, UnsupportedAdapter
+from runner.forms import first_line
 from runner.methods import LAZY_LORA_INITS, LAZY_METHODS, TASK_CLASSES
-from runner.placed import repeats, replaced, untrained, widen
+from runner.placed import is_repeated, repeats, replaced, untrained, widen
 
 ADAPTER_NAME = "default"
 
@@ -113,7 +114,7 @@ def attach(checkpoint: Checkpoint, *adapters: Adapter, combination: Combination 
         parameters=parameters,
         ties=base.ties,
         own=base.own,
-        replaced=replaced(parameters, before, peft_model, placed),
+        replaced={**base.padded, **replaced(parameters, before, peft_model, placed)},
         config_edits=base.config_edits,
         notes=base.notes,
         is_lazy=is_lazy,
@@ -219,8 +220,8 @@ def _load(peft_model: PeftModel, adapter: Adapter, name: str) -> dict[str, torch
         raise _wrong_shape(error, adapter) from error
     finally:
         del peft_model.load_state_dict
-    if result.unexpected_keys:
-        raise _unplaced(sorted(result.unexpected_keys), adapter)
+    if unplaced := [key for key in result.unexpected_keys if not (key in weights and is_repeated(key, weights))]:
+        raise _unplaced(sorted(unplaced), adapter)
     missing = [key for key in result.missing_keys if _must_be_in_file(key, adapter, name)]
     if missing:
         raise _missing(missing[0], adapter)

@@ -9,24 +9,21 @@ from several stored tensors get an empty placeholder.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from runner.adapter import Adapter
 from runner.checkpoint.layout import Checkpoint
-from runner.checkpoint.names import StoredNames, map_names
-from runner.checkpoint.view import view
-from runner.companions import read_config
-from runner.errors import BrokenCheckpoint, UnsupportedCheckpoint
-from runner.heads import adapter_keys, choose_class, find_labels
+from runner.checkpoint.names import StoredNames
+from runner.errors import BrokenCheckpoint
+from runner.forms import decide_form, grows
+from runner.vocabulary import given_shapes, zero_padded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +36,8 @@ class Base:
         names: where each stored tensor went.
         ties: state-dict key → key of the parameter that it shares.
         own: state-dict keys whose values only the adapter has; placeholders until it is attached.
-        config_edits: keys of config.json with their new values, where the class or its labels are not the base's.
+        padded: parameters and buffers of a grown vocabulary whose added rows are zeros, by key, in memory.
+        config_edits: keys of config.json with their new values, where class, labels or vocabulary are not the base's.
         notes: what the user should know of it, one sentence each.
     """
 
@@ -48,6 +46,7 @@ class Base:
     names: StoredNames
     ties: Mapping[str, str]
     own: frozenset[str]
+    padded: Mapping[str, torch.Tensor]
     config_edits: Mapping[str, Any]
     notes: tuple[str, ...]
 
@@ -65,24 +64,13 @@ def open_base(checkpoint: Checkpoint, adapter: Adapter, *, in_memory: bool) -> B
         UnsupportedCheckpoint: a base that this version cannot merge exactly.
         UnsupportedAdapter: transformers has no class for the adapter's task.
     """
-    own_class, config = _own_class(checkpoint)
-    model_class = choose_class(own_class, config, adapter)
-    model = _empty_model(model_class, config)
-    labels = find_labels(model, adapter)
-    edits = dict(labels.edits) if labels else {}
-    if labels is not None and labels.count != config.num_labels:
-        config.num_labels = labels.count
-        model = _empty_model(model_class, config)
-    notes: list[str] = []
-    if model_class is not own_class:
-        edits["architectures"] = [model_class.__name__]
-        left_out = _heads_of(own_class, config, map_names(model, checkpoint.tensors).unknown, checkpoint)
-        checkpoint = view(checkpoint, dropped=left_out)
-        notes.append(_departure(own_class, model_class, left_out))
-    names = map_names(model, checkpoint.tensors)
-    own = _fill(model, checkpoint, names, adapter_keys(adapter), in_memory=in_memory)
+    form = decide_form(checkpoint, adapter)
+    model, checkpoint, names = form.model, form.checkpoint, form.names
+    own = _fill(model, checkpoint, names, given_shapes(adapter), in_memory=in_memory, is_resized=form.is_resized)
+    padded = _pad(model, checkpoint, names, own, adapter)
+    _hold_places(model, own)
     ties = _tie(model, names)
-    own |= _hold_places(model, adapter_keys(adapter))
+    own |= _hold_places(model, given_shapes(adapter))
     _check_whole(model)
     return Base(
         checkpoint=checkpoint,
@@ -90,78 +78,20 @@ def open_base(checkpoint: Checkpoint, adapter: Adapter, *, in_memory: bool) -> B
         names=names,
         ties=ties,
         own=frozenset(own),
-        config_edits=edits,
-        notes=tuple(notes),
+        padded=padded,
+        config_edits=form.config_edits,
+        notes=form.notes,
     )
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, for use in ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-def _own_class(checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], PretrainedConfig]:
-    raw = read_config(checkpoint.root)
-    architecture = next(iter(raw.get("architectures") or ()), None)
-    model_class = getattr(transformers, str(architecture), None)
-    if raw.get("quantization_config"):
-        raise UnsupportedCheckpoint(
-            "The base is quantised (its config.json has `quantization_config`).",
-            why="A delta added to quantised weights does not survive quantising them again.",
-            fix="Set `base-model` to the 16-bit model that it was made from.",
-        )
-    if model_class is None or not issubclass(model_class, PreTrainedModel):
-        raise UnsupportedCheckpoint(
-            f"The base's architecture is {architecture!r}, which this transformers has no class for.",
-            why="Code that comes with a model is never run.",
-            fix="Use a base whose architecture is part of transformers, or a newer release of this action.",
-        )
-    try:
-        return model_class, AutoConfig.from_pretrained(str(checkpoint.root), trust_remote_code=False)
-    except (ValueError, OSError, TypeError, AttributeError) as error:
-        raise _unbuildable(model_class, error) from error
-
-
-def _empty_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model: PreTrainedModel = model_class._from_config(config)
-    except (ValueError, OSError, TypeError, AttributeError) as error:
-        raise _unbuildable(model_class, error) from error
-    return model.eval()
-
-
-def _unbuildable(model_class: type[PreTrainedModel], error: Exception) -> BrokenCheckpoint:
-    return BrokenCheckpoint(
-        f"The model class {model_class.__name__} cannot be built from config.json: {first_line(error)}",
-        why="config.json is incomplete, or was written for other code.",
-        fix="Download the base again, or use the revision that its authors name.",
-    )
-
-
-def _heads_of(
-    own_class: type[PreTrainedModel], config: PretrainedConfig, unknown: tuple[str, ...], checkpoint: Checkpoint
-) -> tuple[str, ...]:
-    """Return which of the `unknown` tensors belong to the base's own class; what no class knows is kept."""
-    mine = map_names(_empty_model(own_class, config), checkpoint.tensors)
-    known = {*mine.renamed.values(), *(name for names in mine.converted.values() for name in names)}
-    return tuple(name for name in unknown if name in known)
-
-
-def _departure(own: type[PreTrainedModel], new: type[PreTrainedModel], left_out: tuple[str, ...]) -> str:
-    text = f"The adapter was trained on a {new.__name__}: that is what the release is, not a {own.__name__}"
-    if not left_out:
-        return text + "."
-    more = f" and {len(left_out) - 1} more tensors" if left_out[1:] else ""
-    return f"{text}; the base's {left_out[0]}{more} of its own head are left out."
 
 
 def _fill(
     model: PreTrainedModel, checkpoint: Checkpoint, names: StoredNames, given: Mapping[str, tuple[int, ...]], *,
-    in_memory: bool,
+    in_memory: bool, is_resized: bool = False,
 ) -> set[str]:  # fmt: skip
-    """Put views of the stored tensors in place; return the keys that the adapter gives in another shape."""
+    """Put views of the stored tensors in place; return the keys that the adapter gives in another shape.
+
+    Keys of a vocabulary that grows are left out: `_pad` sees to them.
+    """
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     by_file: dict[str, list[tuple[str, str]]] = {}
     own: set[str] = set()
@@ -169,6 +99,8 @@ def _fill(
         info = checkpoint.tensors[stored]
         if info.shape != shapes[key] and given.get(key) == shapes[key]:
             own.add(key)
+            continue
+        if grows(info.shape, shapes[key]) and is_resized:
             continue
         if info.shape != shapes[key]:
             raise BrokenCheckpoint(
@@ -180,14 +112,32 @@ def _fill(
     for file, entries in by_file.items():
         with safe_open(str(checkpoint.root / file), framework="pt", device="cpu") as handle:
             for key, stored in entries:
-                view = handle.get_tensor(stored)  # a view of the mapping, which lives as long as the tensor
-                _assign(model, key, view.float() if in_memory and view.is_floating_point() else view)
+                # A view of the mapping, which lives as long as the tensor; shorter where the vocabulary was cut.
+                mapped = handle.get_tensor(stored)
+                mapped = mapped[tuple(slice(size) for size in shapes[key])]
+                _assign(model, key, mapped.float() if in_memory and mapped.is_floating_point() else mapped)
     for key in names.converted:
         _assign(model, key, torch.zeros((), dtype=torch.bfloat16).expand(shapes[key]))
     return own
 
 
-def _hold_places(model: PreTrainedModel, given: Mapping[str, tuple[int, ...]]) -> set[str]:
+def _pad(
+    model: PreTrainedModel, checkpoint: Checkpoint, names: StoredNames, own: set[str], adapter: Adapter
+) -> dict[str, torch.Tensor]:
+    """Give the tensors of a grown vocabulary that the adapter does not bring their new shape, and return them."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    padded = {}
+    for key, stored in names.renamed.items():
+        info = checkpoint.tensors[stored]
+        if key not in own and info.shape != shapes[key]:
+            with safe_open(str(checkpoint.root / info.file), framework="pt", device="cpu") as handle:
+                padded[key] = zero_padded(model, key, handle.get_tensor(stored), adapter)
+    for key, tensor in padded.items():
+        _assign(model, key, tensor)
+    return padded
+
+
+def _hold_places(model: PreTrainedModel, given: Collection[str]) -> set[str]:
     """Give zeros to what the base does not store and the adapter brings; return its keys."""
     empty = {key: tensor for key, tensor in model.state_dict().items() if tensor.is_meta and key in given}
     for key, tensor in empty.items():

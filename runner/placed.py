@@ -10,6 +10,8 @@ from torch import nn
 
 from runner.heads import PREFIX
 
+TOKENS = ".token_adapter.trainable_tokens_delta"
+
 
 def untrained(own: frozenset[str], placed: Iterable[str], name: str) -> list[str]:
     """Return the keys of `own` that no placed tensor gives a value: a head, or a part of one, that nobody trained.
@@ -20,7 +22,10 @@ def untrained(own: frozenset[str], placed: Iterable[str], name: str) -> list[str
         name: the adapter's name in the model.
     """
     given = {
-        key.removeprefix(PREFIX).replace(f".modules_to_save.{name}.", ".").replace(".base_layer.", ".")
+        key.removeprefix(PREFIX)
+        .replace(f".modules_to_save.{name}.", ".")
+        .replace(".token_adapter.", ".")
+        .replace(".base_layer.", ".")
         for key in placed
     }
     return sorted(own - given)
@@ -35,6 +40,20 @@ def repeats(peft_model: PeftModel, key: str, tensor: torch.Tensor, name: str) ->
         and target.shape == tensor.shape
         and torch.equal(target.to(torch.float32), tensor.to(torch.float32))
     )
+
+
+def is_repeated(key: str, weights: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether an adapter tensor that PEFT has no place for only repeats another that it has.
+
+    Beside a resized vocabulary PEFT saves every saved module twice, and the tokens that a tied head shares.
+    """
+    for part in (".modules_to_save.", ".original_module."):
+        twin = key.replace(part, ".")
+        if part in key and twin in weights:
+            return part == ".original_module." or torch.equal(weights[key], weights[twin])
+    if not key.endswith(TOKENS):
+        return False
+    return any(name != key and name.endswith(TOKENS) and torch.equal(weights[key], weights[name]) for name in weights)
 
 
 def widen(peft_model: PeftModel, placed: Mapping[str, torch.Tensor]) -> None:

@@ -24,7 +24,7 @@ from torch import nn
 from runner.attach import Attached
 from runner.checkpoint.reader import FLOATS, Reader
 from runner.checkpoint.view import main_dtype
-from runner.errors import UnsupportedAdapter, UnsupportedCheckpoint
+from runner.errors import AdapterMismatch, UnsupportedAdapter, UnsupportedCheckpoint
 from runner.plan import Added, Change, Changes
 
 # General path: base weights in fp32, the delta, its scaled copy, what the method keeps beside, and the result.
@@ -197,12 +197,34 @@ def _resolve_ties(
         pair = by_key.get(target), by_key.get(source)
         if not any(pair) or _adapters_are_tied(attached, units, pair):
             continue
+        if not any(side and side.unit in units for side in pair) and _copies_are_equal(attached, target, source):
+            continue
         untied = True
     if untied:
         for target, source in attached.ties.items():
             if target not in stored:
-                added.append(Added(name=target, beside=stored[source], change=by_key.get(target)))
+                added.append(_other_side(attached, target, stored[source], by_key.get(target)))
     return changed, added, untied
+
+
+def _other_side(attached: Attached, key: str, beside: str, change: Change | None) -> Added:
+    info, shape = attached.checkpoint.tensors[beside], tuple(attached.parameters[key].shape)
+    if change is None and shape != info.shape:
+        raise AdapterMismatch(
+            f"The adapter was trained with {shape[0]} rows of {key!r}, the base has {info.shape[0]}.",
+            why="The adapter brings the added rows of the other embedding only; these would have to be invented.",
+            fix="Save the adapter again from its training with `save_embedding_layers=True`.",
+        )
+    if shape == info.shape:
+        return Added(name=key, beside=beside, change=change)
+    return Added(name=key, beside=beside, change=change, dtype=info.dtype, shape=shape)
+
+
+def _copies_are_equal(attached: Attached, target: str, source: str) -> bool:
+    """Return whether the adapter brings the same whole tensor for both sides, as PEFT saves a resized vocabulary."""
+    pair = [attached.replaced.get(key) for key in (target, source)]
+    first, second = pair
+    return first is not None and second is not None and torch.equal(first, second)
 
 
 def _head(attached: Attached, key: str, change: Change) -> Added:
@@ -213,7 +235,9 @@ def _head(attached: Attached, key: str, change: Change) -> Added:
 
 def _shapes(attached: Attached) -> dict[str, tuple[int, ...]]:
     stored = attached.names.renamed
-    return {stored[key]: tuple(attached.parameters[key].shape) for key in attached.own if key in stored}
+    tensors = attached.checkpoint.tensors
+    shapes = {stored[key]: tuple(tensor.shape) for key, tensor in attached.parameters.items() if key in stored}
+    return {name: shape for name, shape in shapes.items() if shape != tensors[name].shape}
 
 
 def _adapters_are_tied(

@@ -33,6 +33,7 @@ _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_[AB]\.(?:weight|bias)|lora_embedding_[AB]|base_layer\.(?:weight|bias))"
 )
+_TOKENS = ".token_adapter.trainable_tokens_delta"
 _REDUNDANT = re.compile(r"(?P<module>.+)\.(?:modules_to_save|original_module)\.(?P<name>[^.]+)")
 
 
@@ -119,6 +120,9 @@ def read_recipe(root: Path, parameters: Sequence[str]) -> Recipe:
             copies[key] = name
         elif (match := _REDUNDANT.fullmatch(key)) and f"{match['module']}.{match['name']}" in keys:
             redundant.append(name)
+        elif key.endswith(_TOKENS) and _has_twin(root, tensors, name):
+            redundant.append(name)
+            others.append(name)
         else:
             others.append(name)
     rules: dict[str, Rule] = {key: Copy(tensor=name) for key, name in copies.items()}
@@ -138,6 +142,14 @@ def read_recipe(root: Path, parameters: Sequence[str]) -> Recipe:
         others=tuple(sorted(others)),
         redundant=tuple(redundant),
     )
+
+
+def _has_twin(root: Path, tensors: Mapping[str, TensorInfo], name: str) -> bool:
+    """Return whether another embedding trains the same tokens to the same values, as the two sides of a tie do."""
+    twins = [other for other in tensors if other.endswith(_TOKENS) and other != name]
+    data = (root / WEIGHTS_FILE).read_bytes() if twins else b""
+    mine = data[tensors[name].start : tensors[name].end]
+    return any(data[tensors[twin].start : tensors[twin].end] == mine for twin in twins)
 
 
 def _is_plain(config: Mapping[str, Any], others: Sequence[str], module: str) -> bool:

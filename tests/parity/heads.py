@@ -34,12 +34,14 @@ class Trained:
         options: of the LoRA.
         labels: of the head, or None for the class's own number.
         model_class: what it was trained on; by default the task's auto class.
+        rows: of the vocabulary, where the training changed it.
     """
 
     task: str | None
     options: dict[str, Any] = field(default_factory=dict)
     labels: int | None = None
     model_class: Any = None
+    rows: int | None = None
 
     def load(self, base: Path, *, untie: bool = False) -> PreTrainedModel:
         """Return the base in float32 as the user loaded it for training."""
@@ -48,6 +50,8 @@ class Trained:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model: PreTrainedModel = chosen.from_pretrained(base, dtype=torch.float32, **labels)
+            if self.rows is not None:
+                model.resize_token_embeddings(self.rows, mean_resizing=False)
         if untie:
             for key, source in model.all_tied_weights_keys.items():
                 owner, _, name = key.rpartition(".")
