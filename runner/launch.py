@@ -42,13 +42,16 @@ LAST_LINES = 20
 class Worker:
     """A worker process. Use as a context manager: leaving it ends the process and all its children."""
 
-    def __init__(self, environ: Mapping[str, str], *, home: Path, log: Callable[[str], None]) -> None:
+    def __init__(
+        self, environ: Mapping[str, str], *, home: Path, log: Callable[[str], None], lock: int | None = None
+    ) -> None:
         """Start the worker; it imports its libraries while the caller goes on.
 
         Args:
             environ: the supervisor's; only harmless variables are passed on.
             home: a folder for caches that the worker's libraries may write.
             log: gets every line that the worker's libraries print.
+            lock: descriptor of the lock on the work folder, which the worker holds as long as it lives.
         """
         root = Path(__file__).resolve().parent.parent
         self._process = subprocess.Popen(
@@ -62,6 +65,7 @@ class Worker:
             encoding="utf-8",
             errors="replace",
             start_new_session=True,
+            pass_fds=() if lock is None else (lock,),
         )
         self._log = log
         self._last_lines: list[str] = []

@@ -1,7 +1,8 @@
 """Plan → MergedCheckpoint: every shard in order, every tensor in the order of its bytes, one unit in memory.
 
 Each output element is the un-rounded float32 sum that PEFT computes, rounded once to the output dtype. Untouched
-tensors are copied as bytes. A folder that is not complete never has its final name.
+tensors are copied as bytes. A folder that is not complete never has its final name, and what a killed run finished
+is taken over (`runner.resume`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,39 +23,39 @@ from runner.checkpoint.writer import BUFFER_BYTES, ShardWriter
 from runner.companions import copy_companion
 from runner.errors import NotEnoughDisk, RunnerError
 from runner.fast import LinearMerger, check_range, is_fast
-from runner.plan import Action, Plan, TensorPlan
+from runner.plan import Action, Plan, ShardPlan, TensorPlan
 from runner.prepare import Prepared
+from runner.resume import Standing, take_up
 from runner.units import UnitMerger
 
 Progress = Callable[[int, int], None]
 
 
 def merge(prepared: Prepared, *, into: Path, on_progress: Progress | None = None) -> MergedCheckpoint:
-    """Carry out the plan and return the finished folder `into`, which must not exist before.
+    """Carry out the plan and return the finished folder `into`.
 
     Args:
         prepared: base and adapter attached, and the plan; used once.
-        into: appears by rename when everything is written.
+        into: appears by rename when everything is written. `<into>.partial` and `<into>.journal.json` stand beside it
+            until then; the journal stays. It may exist as the result of an earlier merge, whose shards are then kept.
         on_progress: called with (bytes written, bytes in all) after every tensor.
 
     Raises:
-        RunnerError: the disk is full, a file is damaged, or PEFT refuses a layer; `into` does not exist then.
+        RunnerError: the disk is full, a file is damaged, or PEFT refuses a layer; `into` does not exist then, and
+            the next call goes on from the shards that are finished.
     """
     started = time.monotonic()
     torch.set_num_threads(1)  # one thread merges, one writes, one hashes; more only contend (and change last bits)
-    partial = into.with_name(into.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    _check_space(partial, prepared.plan)
+    standing = take_up(prepared, into)
     plan, attached = prepared.plan, prepared.attached
+    _check_space(plan, standing)
     with Reader(attached.checkpoint) as reader, torch.inference_mode():
-        job = _Job(prepared, reader, on_progress)
-        job.check_fast_path(partial)
-        files = job.write_shards(partial)
+        job = _Job(prepared, reader, standing, on_progress)
+        job.check_fast_path()
+        files = job.write_shards()
         read_bytes = reader.read_bytes
-    files += _write_rest(plan, partial)
-    partial.rename(into)
+    files += _write_rest(plan, standing.partial)
+    standing.partial.rename(into)
     summary = plan.summary
     return MergedCheckpoint(
         root=into,
@@ -64,32 +66,37 @@ def merge(prepared: Prepared, *, into: Path, on_progress: Progress | None = None
         read_bytes=read_bytes + sum(adapter.data_bytes for adapter in attached.adapters),
         written_bytes=sum(file.size_bytes for file in files),
         wall_s=time.monotonic() - started,
+        shards_resumed=len(standing.kept),
+        note=standing.note,
     )
 
 
 class _Job:
     """One merge under way: what is needed for every tensor, and the parts of units that are still to be written."""
 
-    def __init__(self, prepared: Prepared, reader: Reader, on_progress: Progress | None) -> None:
+    def __init__(self, prepared: Prepared, reader: Reader, standing: Standing, on_progress: Progress | None) -> None:
         plan = prepared.plan
-        self._plan = plan
+        self._shards = tuple(shard for shard in plan.shards if shard.file not in standing.kept)
+        self._standing = standing
         self._attached = prepared.attached
         self._units = prepared.units
         self._reader = reader
         self._on_progress = on_progress
         self._unit_merger = UnitMerger(prepared.attached, prepared.units, reader)
-        widest = max((row_bytes(tensor) for shard in plan.shards for tensor in shard.tensors), default=0)
+        widest = max((row_bytes(tensor) for shard in self._shards for tensor in shard.tensors), default=0)
         self._block_bytes = max(BUFFER_BYTES, widest)
         self._linear_merger = LinearMerger(reader, self._block_bytes)
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
-        self._uses = _count_uses(plan)
+        self._uses = _count_uses(self._shards)
 
-    def write_shards(self, root: Path) -> list[FileDigest]:
-        total = sum(shard.size_bytes for shard in self._plan.shards)
-        written = 0
-        files = []
-        with ShardWriter(root, buffer_bytes=self._block_bytes) as writer:
-            for shard in self._plan.shards:
+    def write_shards(self) -> list[FileDigest]:
+        """Write what is not kept; return the digests of all shards."""
+        journal = self._standing.journal
+        files = list(journal.files)
+        written = sum(file.size_bytes for file in files)
+        total = written + sum(shard.size_bytes for shard in self._shards)
+        with ShardWriter(self._standing.partial, buffer_bytes=self._block_bytes) as writer:
+            for shard in self._shards:
                 writer.begin(shard.file, shard.header, shard.size_bytes)
                 for tensor in shard.tensors:
                     self._write(tensor, writer)
@@ -97,15 +104,17 @@ class _Job:
                     if self._on_progress is not None:
                         self._on_progress(written, total)
                 files.append(writer.finish())
+                replace(journal, files=tuple(files)).write(self._standing.journal_path)
         return files
 
-    def check_fast_path(self, root: Path) -> None:
+    def check_fast_path(self) -> None:
         """Merge the smallest fast unit by both paths; the bytes must be equal.
 
         Raises:
             RunnerError: they are not: this build of torch sums in another order, and nothing may be published.
         """
-        fast = [tensor for shard in self._plan.shards for tensor in shard.tensors if self._is_fast(tensor)]
+        root = self._standing.partial
+        fast = [tensor for shard in self._shards for tensor in shard.tensors if self._is_fast(tensor)]
         if not fast:
             return
         tensor = min(fast, key=lambda candidate: candidate.size_bytes)
@@ -180,8 +189,9 @@ class _Job:
         writer.put(tensor_bytes(rounded))
 
 
-def _check_space(folder: Path, plan: Plan) -> None:
-    free_bytes, needed_bytes = shutil.disk_usage(folder).free, plan.summary.disk_bytes
+def _check_space(plan: Plan, standing: Standing) -> None:
+    free_bytes = shutil.disk_usage(standing.partial).free
+    needed_bytes = plan.summary.disk_bytes - sum(file.size_bytes for file in standing.kept.values())
     if free_bytes < needed_bytes:
         raise NotEnoughDisk(
             f"The merged model needs {needed_bytes / 1e9:.3f} GB, and {free_bytes / 1e9:.3f} GB are free.",
@@ -196,9 +206,9 @@ def row_bytes(tensor: TensorPlan) -> int:
     return max(tensor.size_bytes, tensor.source.size_bytes) // max(rows, 1) if len(tensor.shape) > 1 else 0
 
 
-def _count_uses(plan: Plan) -> dict[str, int]:
+def _count_uses(shards: tuple[ShardPlan, ...]) -> dict[str, int]:
     uses: dict[str, int] = {}
-    for shard in plan.shards:
+    for shard in shards:
         for tensor in shard.tensors:
             if tensor.change is not None:
                 uses[tensor.change.unit] = uses.get(tensor.change.unit, 0) + 1

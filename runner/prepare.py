@@ -22,11 +22,12 @@ from runner.units import Unit, find_changes, find_units
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A merge that can start."""
+    """A merge that can start; `combination` says how several adapters became one."""
 
     attached: Attached
     units: Mapping[str, Unit]
     plan: Plan
+    combination: Combination | None
 
 
 def prepare(base: Path, *adapters: Path, dtype: str, combination: Combination | None = None) -> Prepared:
@@ -58,7 +59,7 @@ def prepare(base: Path, *adapters: Path, dtype: str, combination: Combination | 
     plan = make_plan(
         attached.checkpoint, changes, companions=companions, dtype=dtype, peft_type=attached.adapter.peft_type
     )
-    return Prepared(attached=attached, units=units, plan=plan)
+    return Prepared(attached=attached, units=units, plan=plan, combination=combination)
 
 
 def _notes(adapters: Sequence[Path], combination: Combination) -> Iterator[str]:

@@ -103,7 +103,9 @@ INPUTS: tuple[InputSpec, ...] = (
         name="base-token", description="Token that may read base and adapter, if it is another one.", secret=True
     ),
     InputSpec(name="private", description="Whether a repository that is created is private.", default="true"),
-    InputSpec(name="work-dir", description="Folder for the merged files; else a temporary one."),
+    InputSpec(
+        name="work-dir", description="Folder for the merged files, where a killed run resumes; else a temporary one."
+    ),
     InputSpec(
         name="report-dir",
         description="Folder for report.json, report.md and its pictures.",

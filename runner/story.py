@@ -36,6 +36,7 @@ from runner.provenance import CARD, MANIFEST, REPORT_FOLDER, MergeFacts, manifes
 from runner.publish import Release, publish
 from runner.record import Record
 from runner.verify.verdict import Verdict
+from runner.work import WorkFolder
 
 PROGRESS_EVERY_S = 15.0
 SEED = 0
@@ -43,13 +44,13 @@ SEED = 0
 
 @dataclass(slots=True, kw_only=True)
 class Story:
-    """One run of the action; `work` is an empty folder of its own."""
+    """One run of the action; `work` is a folder of its own, empty but for what an interrupted run left."""
 
     inputs: Inputs
     environ: Mapping[str, str]
     github: GitHub
     record: Record
-    work: Path
+    work: WorkFolder
 
     def run(self) -> None:
         """Do what the inputs ask for; the record says what came of it.
@@ -58,7 +59,7 @@ class Story:
             RunnerError: see the rooms that do the work. A failed verdict raises nothing.
         """
         hubs = open_hubs(self.inputs)
-        cache = self.inputs.cache_dir or self.work / "cache"
+        cache = self.inputs.cache_dir or self.work.path / "cache"
         with self._phase("preflight"):
             target = inspect_target(self.inputs, hubs)
             resolved = resolve(self.inputs, hubs, cache, self.github.info)
@@ -67,7 +68,8 @@ class Story:
         if existing is not None:
             self._nothing_to_do(existing)
             return
-        with Worker(self.environ, home=self.work / "worker", log=self._relay) as worker:
+        home, lock = self.work.path / "worker", self.work.lock
+        with Worker(self.environ, home=home, log=self._relay, lock=lock) as worker:
             if self.inputs.device == "cuda":  # no GPU is told before the base is downloaded, not after
                 self._check_device(worker)
             with self._phase("download"):
@@ -89,7 +91,7 @@ class Story:
             base=base,
             adapters=tuple(adapter.root for adapter in resolved.adapters),
             combination=self.inputs.combination,
-            merged=merged or self.work / "merged",
+            merged=merged or self.work.merged,
             merges=self.inputs.mode == "publish",
             verifies=self.inputs.mode != "plan",
             dtype=self.inputs.dtype,
@@ -142,6 +144,8 @@ class Story:
             self.record.merged = event.checkpoint
             self.record.merged_digest = digest_of(released(event.checkpoint.files))
             self.record.peak_rss_bytes = event.peak_rss_bytes
+            if event.checkpoint.note:
+                self.github.info(event.checkpoint.note)
             rate = event.checkpoint.written_bytes / max(event.checkpoint.wall_s, 1e-9) / 1e6
             self.github.info(
                 f"Merged {event.checkpoint.tensors_merged} tensors, copied {event.checkpoint.tensors_copied}, "

@@ -7,7 +7,6 @@ codes of `runner.errors`; this is the one place that catches everything.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -20,9 +19,10 @@ from types import FrameType
 from runner.errors import EXIT_CANCELLED, EXIT_INTERNAL, EXIT_VERDICT_FAILED, Problem, RunnerError
 from runner.event import read_event
 from runner.github import GitHub
-from runner.inputs import Inputs, given_secrets, parse, usage, wants_help
+from runner.inputs import given_secrets, parse, usage, wants_help
 from runner.record import Record
 from runner.story import Story
+from runner.work import work_folder
 
 
 class Cancelled(BaseException):
@@ -65,8 +65,9 @@ def _run(environ: Mapping[str, str], argv: Sequence[str], github: GitHub, record
     for secret in inputs.secrets:
         github.mask(secret)
     record.inputs = inputs
-    with _work_folder(inputs, environ) as work:
-        os.environ.setdefault("HF_HOME", str(work / "hf"))  # huggingface_hub reads it when it is imported
+    temporary = Path(environ.get("RUNNER_TEMP") or tempfile.gettempdir())
+    with work_folder(inputs.work_dir, temporary, github.info) as work:
+        os.environ.setdefault("HF_HOME", str(work.path / "hf"))  # huggingface_hub reads it when it is imported
         Story(inputs=inputs, environ=environ, github=github, record=record, work=work).run()
     failed = record.verdict is not None and not record.verdict.passed
     return EXIT_VERDICT_FAILED if failed else 0
@@ -86,24 +87,6 @@ def _tell(github: GitHub, record: Record, code: int) -> int:
         github.error(error.problem)
         return code or error.exit_code
     return code
-
-
-@contextmanager
-def _work_folder(inputs: Inputs, environ: Mapping[str, str]) -> Iterator[Path]:
-    parent = inputs.work_dir or Path(environ.get("RUNNER_TEMP") or tempfile.gettempdir())
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="lora-merge-", dir=parent))
-    except OSError as error:
-        raise RunnerError(
-            f"No folder can be made in {str(parent)!r}: {error.strerror}.",
-            why="The merged model is written there before it is judged.",
-            fix="Set `work-dir` to a folder that this user may write to.",
-        ) from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

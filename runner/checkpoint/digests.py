@@ -36,6 +36,8 @@ class MergedCheckpoint:
         read_bytes: of base and adapter weights.
         written_bytes: of all files.
         wall_s: seconds from the first byte to the last.
+        shards_resumed: weight files that were taken over from a run that was interrupted.
+        note: what the user should know of such a run; "" when there was none.
     """
 
     root: Path
@@ -46,6 +48,8 @@ class MergedCheckpoint:
     read_bytes: int
     written_bytes: int
     wall_s: float
+    shards_resumed: int = 0
+    note: str = ""
 
     @property
     def digest(self) -> str:
