@@ -5,8 +5,6 @@ a meta base PEFT loses every adapter weight, silently, and with `low_cpu_mem_usa
 base's dtype (design decision 1).
 
 Promised: every adapter tensor is placed, exactly as stored, or the run fails and names it.
-Not covered: parameters that transformers computes from several stored tensors (fused experts); touching one is
-refused.
 """
 
 from __future__ import annotations
@@ -26,6 +24,7 @@ from transformers import PreTrainedModel
 
 from runner.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from runner.base_model import open_base
+from runner.checkpoint.conversion import Conversion
 from runner.checkpoint.layout import Checkpoint
 from runner.checkpoint.names import StoredNames
 from runner.combination import Combination
@@ -48,6 +47,7 @@ class Attached:
         model: the base's class or that of the adapter's task, its modules wrapped by PEFT where the adapter acts.
         peft_model: PEFT's wrapper around `model`.
         names: stored names of the model's parameters.
+        conversion: how the parameters that are no stored tensor are computed from some.
         parameters: the base's own parameters and buffers by state-dict key, as they were before PEFT came.
         ties: state-dict key → key of the parameter that it shares.
         own: keys whose values only the adapter has, such as those of a head of its own.
@@ -62,6 +62,7 @@ class Attached:
     model: PreTrainedModel
     peft_model: PeftModel
     names: StoredNames
+    conversion: Conversion
     parameters: Mapping[str, torch.Tensor]
     ties: Mapping[str, str]
     own: frozenset[str]
@@ -111,6 +112,7 @@ def attach(checkpoint: Checkpoint, *adapters: Adapter, combination: Combination 
         model=model,
         peft_model=peft_model,
         names=base.names,
+        conversion=base.conversion,
         parameters=parameters,
         ties=base.ties,
         own=base.own,

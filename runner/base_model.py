@@ -3,8 +3,9 @@
 Covered: every architecture that transformers has a class for, sharded or not, tied as transformers v5 would tie it;
 adapters that make it another class with a head of their own (`runner.heads`): what only the adapter has gets a
 placeholder, and what that class has no place for is left out of the checkpoint's view.
-Not covered: quantised bases and code that comes with a model (both refused); parameters that transformers computes
-from several stored tensors get an empty placeholder.
+Not covered: quantised bases and code that comes with a model (both refused). Parameters that transformers computes
+from other stored tensors get an empty placeholder (`Base.conversion` makes them when they are merged), or their
+values where the whole base is read into memory.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from runner.adapter import Adapter
+from runner.checkpoint.conversion import Conversion, Group
 from runner.checkpoint.layout import Checkpoint
 from runner.checkpoint.names import StoredNames
-from runner.errors import BrokenCheckpoint
-from runner.forms import decide_form, grows
+from runner.checkpoint.reader import Reader
+from runner.errors import BrokenCheckpoint, UnsupportedCheckpoint
+from runner.forms import decide_form, empty_model, grows
 from runner.vocabulary import given_shapes, zero_padded
 
 
@@ -34,6 +37,7 @@ class Base:
         checkpoint: the base as the merged model's class sees it.
         model: of the class that config.json names, or of the adapter's task, in evaluation mode.
         names: where each stored tensor went.
+        conversion: how the parameters that are no stored tensor are computed from some.
         ties: state-dict key → key of the parameter that it shares.
         own: state-dict keys whose values only the adapter has; placeholders until it is attached.
         padded: parameters and buffers of a grown vocabulary whose added rows are zeros, by key, in memory.
@@ -44,6 +48,7 @@ class Base:
     checkpoint: Checkpoint
     model: PreTrainedModel
     names: StoredNames
+    conversion: Conversion
     ties: Mapping[str, str]
     own: frozenset[str]
     padded: Mapping[str, torch.Tensor]
@@ -66,7 +71,10 @@ def open_base(checkpoint: Checkpoint, adapter: Adapter, *, in_memory: bool) -> B
     """
     form = decide_form(checkpoint, adapter)
     model, checkpoint, names = form.model, form.checkpoint, form.names
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    conversion = Conversion(names, shapes, lambda: empty_model(type(model), model.config))
     own = _fill(model, checkpoint, names, given_shapes(adapter), in_memory=in_memory, is_resized=form.is_resized)
+    _fill_computed(model, checkpoint, conversion, in_memory=in_memory)
     padded = _pad(model, checkpoint, names, own, adapter)
     _hold_places(model, own)
     ties = _tie(model, names)
@@ -76,6 +84,7 @@ def open_base(checkpoint: Checkpoint, adapter: Adapter, *, in_memory: bool) -> B
         checkpoint=checkpoint,
         model=model,
         names=names,
+        conversion=conversion,
         ties=ties,
         own=frozenset(own),
         padded=padded,
@@ -116,8 +125,6 @@ def _fill(
                 mapped = handle.get_tensor(stored)
                 mapped = mapped[tuple(slice(size) for size in shapes[key])]
                 _assign(model, key, mapped.float() if in_memory and mapped.is_floating_point() else mapped)
-    for key in names.converted:
-        _assign(model, key, torch.zeros((), dtype=torch.bfloat16).expand(shapes[key]))
     return own
 
 
@@ -135,6 +142,32 @@ def _pad(
     for key, tensor in padded.items():
         _assign(model, key, tensor)
     return padded
+
+
+def _fill_computed(model: nn.Module, checkpoint: Checkpoint, conversion: Conversion, *, in_memory: bool) -> None:
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    if not in_memory:
+        for key in conversion.groups:
+            if key in shapes:
+                _assign(model, key, torch.zeros((), dtype=torch.bfloat16).expand(shapes[key]))
+        return
+    with Reader(checkpoint) as reader:
+        for group in dict.fromkeys(conversion.groups.values()):
+            if reason := conversion.problem(group):
+                raise irreversible(group, reason)
+            given = {name: reader.read(checkpoint.tensors[name]).float() for name in group.sources}
+            for key, value in conversion.join(group, given).items():
+                _assign(model, key, value)
+
+
+def irreversible(group: Group, reason: str) -> UnsupportedCheckpoint:
+    """Return the error for a group of stored tensors that transformers cannot convert there and back."""
+    return UnsupportedCheckpoint(
+        f"{group.key!r} is computed from {len(group.sources)} stored tensors (the first is {group.sources[0]!r}), "
+        f"and transformers' conversion cannot be undone: {reason}.",
+        why="The merged values must go back into the names and shapes of the base.",
+        fix="Release the adapter unmerged, or load the base with transformers and save it again first.",
+    )
 
 
 def _hold_places(model: PreTrainedModel, given: Collection[str]) -> set[str]:

@@ -1,4 +1,4 @@
-"""The fast path: a plain `lora.Linear` unit, row block by row block, in the reader's own buffer.
+"""The fast path: plain LoRA on a linear layer or an expert, row block by row block, in the reader's own buffer.
 
 Same operations in the same order as PEFT (`lora.Linear.get_delta_weight`, then the sum in float32, then one
 rounding), so the same bits, at about five times the speed: PEFT materialises the product, its scaled copy and a
@@ -8,7 +8,7 @@ the whole product; `runner.merge` checks that against PEFT on one unit of every 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -18,6 +18,7 @@ from runner.attach import ADAPTER_NAME, Attached
 from runner.checkpoint.reader import FLOATS, TORCH_DTYPES, Reader, tensor_bytes
 from runner.checkpoint.writer import Buffer, ShardWriter
 from runner.errors import UnsupportedAdapter
+from runner.experts import Panel
 from runner.plan import TensorPlan
 from runner.units import Unit
 
@@ -45,8 +46,18 @@ def is_fast(attached: Attached, unit: Unit, tensor: TensorPlan) -> bool:
     )
 
 
+def linear_panel(unit: Unit) -> Panel:
+    """Return what is added to the weight of a plain `lora.Linear`."""
+    module = unit.module
+    return Panel(
+        left=module.lora_B[ADAPTER_NAME].weight.detach(),
+        right=module.lora_A[ADAPTER_NAME].weight.detach(),
+        scaling=module.scaling[ADAPTER_NAME],
+    )
+
+
 class LinearMerger:
-    """Merges `lora.Linear` weights in blocks; holds one scratch block in float32 and one for the input."""
+    """Merges low-rank products in blocks; holds one scratch block in float32 and one for the input."""
 
     def __init__(self, reader: Reader, block_bytes: int) -> None:
         self._reader = reader
@@ -54,36 +65,46 @@ class LinearMerger:
         self._scratch = torch.empty(block_bytes // 2, dtype=torch.float32)  # one block of a 16-bit dtype
         self._input = torch.empty(block_bytes, dtype=torch.uint8)
 
-    def blocks(self, unit: Unit, tensor: TensorPlan, writer: ShardWriter) -> Iterator[tuple[Buffer, int]]:
+    def blocks(self, panels: Iterable[Panel], tensor: TensorPlan, writer: ShardWriter) -> Iterator[tuple[Buffer, int]]:
         """Yield (buffer, filled bytes) with the merged rows in the output dtype, in order.
 
         Raises:
             UnsupportedAdapter: a merged value does not fit float16.
         """
-        module = unit.module
-        lora_A = module.lora_A[ADAPTER_NAME].weight.detach()  # (r, in_features) float32
-        lora_B = module.lora_B[ADAPTER_NAME].weight.detach()  # (out_features, r) float32
-        scaling = module.scaling[ADAPTER_NAME]
-        rows, columns = tensor.shape
+        columns = tensor.shape[-1]
         source = TORCH_DTYPES[tensor.source.dtype]
         output = TORCH_DTYPES[tensor.dtype]
-        step = min(rows, self._block_bytes // (columns * max(source.itemsize, output.itemsize)))
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
-            buffer = writer.borrow()
-            filled = count * columns * output.itemsize
-            merged = buffer.raw[:filled].view(output).view(count, columns)
-            raw = buffer.raw if source is output else self._input
-            base = raw[: count * columns * source.itemsize].view(source).view(count, columns)
-            offset = first * columns * source.itemsize
-            self._reader.read_into(tensor_bytes(base), tensor.source, offset)
-            block = self._scratch[: count * columns].view(count, columns)
-            torch.mm(lora_B[first : first + count], lora_A, out=block)
-            block.mul_(scaling).add_(base)
-            merged.copy_(block)
-            if output is torch.float16:
-                check_range(merged, block, tensor.name)
-            yield buffer, filled
+        done = 0
+        for panel in panels:
+            rows = panel.left.shape[0]
+            for first, last in row_blocks(rows, self._block_bytes // (columns * max(source.itemsize, output.itemsize))):
+                count = last - first
+                buffer = writer.borrow()
+                filled = count * columns * output.itemsize
+                merged = buffer.raw[:filled].view(output).view(count, columns)
+                raw = buffer.raw if source is output else self._input
+                base = raw[: count * columns * source.itemsize].view(source).view(count, columns)
+                offset = (done + first) * columns * source.itemsize
+                self._reader.read_into(tensor_bytes(base), tensor.source, offset)
+                block = self._scratch[: count * columns].view(count, columns)
+                torch.mm(panel.left[first:last], panel.right, out=block)
+                block.mul_(panel.scaling).add_(base)
+                merged.copy_(block)
+                if output is torch.float16:
+                    check_range(merged, block, tensor.name)
+                yield buffer, filled
+            done += rows
+
+
+def row_blocks(rows: int, most: int) -> Iterator[tuple[int, int]]:
+    """Yield (first, last) of blocks of at most `most` rows, all of about the same size.
+
+    No block is a single row where that can be helped: torch multiplies one row by another routine, which sums in
+    another order and gives other last bits.
+    """
+    count = -(-rows // max(1, most))
+    for number in range(count):
+        yield rows * number // count, rows * (number + 1) // count
 
 
 def check_range(rounded: torch.Tensor, exact: torch.Tensor, name: str) -> None:

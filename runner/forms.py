@@ -56,12 +56,12 @@ def decide_form(checkpoint: Checkpoint, adapter: Adapter) -> Form:
     """
     own_class, config = _own_class(checkpoint)
     model_class = choose_class(own_class, config, adapter)
-    model = _empty_model(model_class, config)
+    model = empty_model(model_class, config)
     labels = find_labels(model, adapter)
     edits = dict(labels.edits) if labels else {}
     if labels is not None and labels.count != config.num_labels:
         config.num_labels = labels.count
-        model = _empty_model(model_class, config)
+        model = empty_model(model_class, config)
     notes: list[str] = []
     if model_class is not own_class:
         edits["architectures"] = [model_class.__name__]
@@ -74,7 +74,7 @@ def decide_form(checkpoint: Checkpoint, adapter: Adapter) -> Form:
         rows = resized.get_text_config().vocab_size
         notes.append(f"The vocabulary has {rows} rows as in the adapter, not {config.get_text_config().vocab_size}.")
         edits["vocab_size"] = rows
-        model = _empty_model(model_class, resized)
+        model = empty_model(model_class, resized)
         checkpoint = view(checkpoint, cut=_cut(model, checkpoint, names))
     return Form(
         checkpoint=checkpoint,
@@ -119,7 +119,12 @@ def _own_class(checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], Pretraine
         raise _unbuildable(model_class, error) from error
 
 
-def _empty_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+def empty_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """Return the model on the meta device, in evaluation mode.
+
+    Raises:
+        BrokenCheckpoint: the class cannot be built from `config`.
+    """
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -141,7 +146,7 @@ def _heads_of(
     own_class: type[PreTrainedModel], config: PretrainedConfig, unknown: tuple[str, ...], checkpoint: Checkpoint
 ) -> tuple[str, ...]:
     """Return which of the `unknown` tensors belong to the base's own class; what no class knows is kept."""
-    mine = map_names(_empty_model(own_class, config), checkpoint.tensors)
+    mine = map_names(empty_model(own_class, config), checkpoint.tensors)
     known = {*mine.renamed.values(), *(name for names in mine.converted.values() for name in names)}
     return tuple(name for name in unknown if name in known)
 

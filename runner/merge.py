@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -22,11 +23,12 @@ from runner.checkpoint.reader import TORCH_DTYPES, Reader, tensor_bytes
 from runner.checkpoint.writer import BUFFER_BYTES, ShardWriter
 from runner.companions import copy_companion
 from runner.errors import NotEnoughDisk, RunnerError
-from runner.fast import LinearMerger, check_range, is_fast
+from runner.experts import Panel, Stack, agrees, panels, stack_of
+from runner.fast import LinearMerger, check_range, is_fast, linear_panel
 from runner.plan import Action, Plan, ShardPlan, TensorPlan
 from runner.prepare import Prepared
 from runner.resume import Standing, take_up
-from runner.units import UnitMerger
+from runner.whole import UnitMerger
 
 Progress = Callable[[int, int], None]
 
@@ -84,7 +86,7 @@ class _Job:
         self._on_progress = on_progress
         self._unit_merger = UnitMerger(prepared.attached, prepared.units, reader)
         widest = max((row_bytes(tensor) for shard in self._shards for tensor in shard.tensors), default=0)
-        self._block_bytes = max(BUFFER_BYTES, widest)
+        self._block_bytes = max(BUFFER_BYTES, 3 * widest)  # `row_blocks` needs three rows
         self._linear_merger = LinearMerger(reader, self._block_bytes)
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
         self._uses = _count_uses(self._shards)
@@ -114,6 +116,13 @@ class _Job:
             RunnerError: they are not: this build of torch sums in another order, and nothing may be published.
         """
         root = self._standing.partial
+        stacks = [stack for shard in self._shards for tensor in shard.tensors if (stack := self._stack(tensor))]
+        if stacks and not agrees(stacks[0]):
+            raise RunnerError(
+                f"The fast path and PEFT disagree on an expert of {stacks[0].shape[1]} rows.",
+                why="This build of torch multiplies one expert differently from a batch of them.",
+                fix="Use the image of this action as it is published, and report the versions in the log.",
+            )
         fast = [tensor for shard in self._shards for tensor in shard.tensors if self._is_fast(tensor)]
         if not fast:
             return
@@ -137,9 +146,18 @@ class _Job:
         unit = self._units.get(tensor.change.unit) if tensor.change else None
         return unit is not None and is_fast(self._attached, unit, tensor)
 
+    def _stack(self, tensor: TensorPlan) -> Stack | None:
+        unit = self._units.get(tensor.change.unit) if tensor.change else None
+        if unit is None or tensor.change is None:
+            return None
+        return stack_of(self._attached, unit.path, unit.module, tensor.change.parameter)
+
     def _write(self, tensor: TensorPlan, writer: ShardWriter) -> None:
         if tensor.action is Action.MERGE:
-            if self._is_fast(tensor):
+            stack = self._stack(tensor)
+            if stack is not None:
+                self._write_panels(panels(stack), tensor, writer)
+            elif self._is_fast(tensor):
                 self._write_fast(tensor, writer)
             else:
                 self._write_unit(tensor, writer)
@@ -150,7 +168,10 @@ class _Job:
 
     def _write_fast(self, tensor: TensorPlan, writer: ShardWriter) -> None:
         assert tensor.change is not None  # noqa: S101  (is_fast)
-        for buffer, filled in self._linear_merger.blocks(self._units[tensor.change.unit], tensor, writer):
+        self._write_panels([linear_panel(self._units[tensor.change.unit])], tensor, writer)
+
+    def _write_panels(self, parts: Iterable[Panel], tensor: TensorPlan, writer: ShardWriter) -> None:
+        for buffer, filled in self._linear_merger.blocks(parts, tensor, writer):
             writer.put(tensor_bytes(buffer.raw[:filled]), buffer)
 
     def _write_unit(self, tensor: TensorPlan, writer: ShardWriter) -> None:
@@ -202,7 +223,7 @@ def _check_space(plan: Plan, standing: Standing) -> None:
 
 def row_bytes(tensor: TensorPlan) -> int:
     """Return the bytes of one row (of the last dimension) in the wider of input and output dtype."""
-    rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+    rows = prod(tensor.shape[:-1])
     return max(tensor.size_bytes, tensor.source.size_bytes) // max(rows, 1) if len(tensor.shape) > 1 else 0
 
 

@@ -43,7 +43,8 @@ class Change:
 
     Attributes:
         unit: path of the outermost PEFT wrapper in the model; for a parameter that the adapter replaces, its own path.
-        parameter: the tensor's name inside that unit, for example "weight".
+        parameter: the tensor's name inside that unit, for example "weight"; the stored name of a tensor that a
+            conversion makes of the unit's parameters.
     """
 
     unit: str

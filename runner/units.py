@@ -1,7 +1,6 @@
 """Merge units: the outermost PEFT wrappers, each merged alone, from pristine base weights, in float32.
 
-`find_changes` says which stored tensors a unit makes (for the plan); `UnitMerger` makes them (for the merge).
-PEFT does the arithmetic; this room only hands it the right weights and takes the result.
+`find_changes` says which stored tensors a unit makes; `runner.whole` and `runner.fast` make them.
 
 Ties: in PEFT's unmerged model, an adapter on one side of a tied pair leaves the other side alone, so the exact
 merge of a tied base is untied (PEFT's own documentation advises to untie the base first). A pair stays tied only
@@ -10,7 +9,7 @@ when PEFT ties the adapters, too. See docs/decisions/0002.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -19,12 +18,13 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
 
 from runner.attach import Attached
-from runner.checkpoint.reader import FLOATS, Reader
+from runner.base_model import irreversible
+from runner.checkpoint.reader import FLOATS
 from runner.checkpoint.view import main_dtype
 from runner.errors import AdapterMismatch, UnsupportedAdapter, UnsupportedCheckpoint
+from runner.experts import expert_bytes, stack_of, wrappers
 from runner.plan import Added, Change, Changes
 
 # General path: base weights in fp32, the delta, its scaled copy, what the method keeps beside, and the result.
@@ -71,13 +71,14 @@ def find_changes(attached: Attached, units: Mapping[str, Unit]) -> Changes:
     """Return what the units do to the stored tensors.
 
     Raises:
-        UnsupportedCheckpoint: a touched parameter is not one stored float tensor.
+        UnsupportedCheckpoint: a touched parameter is stored in no float dtype, or transformers' conversion of it
+            cannot be undone.
         UnsupportedAdapter: nothing is touched at all.
     """
     by_key = {
         key: Change(unit=path, parameter=unit.relative(key))
         for path, unit in units.items()
-        for key in _changed(unit, attached)
+        for key in changed_keys(unit, attached)
     }
     loose = {key: Change(unit=key, parameter="") for key in attached.replaced if _unit_of(key, units) is None}
     by_key |= loose
@@ -87,10 +88,12 @@ def find_changes(attached: Attached, units: Mapping[str, Unit]) -> Changes:
             why="No module of the model carries any of its weights.",
             fix="Set `base-model` to the model that the adapter was trained on.",
         )
+    for key, change in by_key.items():
+        _check_source(attached, key, change)
     changed, added, untied = _resolve_ties(attached, units, by_key)
-    for key in by_key:
-        _check_source(attached, key)
-    sizes = [_unit_bytes(attached, unit) for unit in units.values()]
+    clusters = find_clusters(attached, units)
+    changed |= _computed(attached, clusters, by_key)
+    sizes = [_cluster_bytes(attached, units, cluster) for cluster in clusters]
     notes = list(attached.notes)
     if untied:
         notes.append("The adapter changes one side of tied embeddings: both sides are written, and the tie is undone.")
@@ -109,75 +112,49 @@ def find_changes(attached: Attached, units: Mapping[str, Unit]) -> Changes:
     )
 
 
-class UnitMerger:
-    """Merges one unit after another through PEFT; each starts from the base as stored."""
-
-    def __init__(self, attached: Attached, units: Mapping[str, Unit], reader: Reader) -> None:
-        self._attached = attached
-        self._units = units
-        self._reader = reader
-
-    def merge(self, path: str) -> dict[str, torch.Tensor]:
-        """Return the unit's merged parameters by their names inside it, un-rounded (float32, on the CPU).
-
-        Raises:
-            UnsupportedAdapter: PEFT has no merge for this layer.
-        """
-        if path in self._attached.replaced and path not in self._units:
-            return {"": self._attached.replaced[path].float()}
-        unit = self._units[path]
-        held = {key: self._attached.parameters[key] for key in unit.keys}
-        originals = {key: tensor.data for key, tensor in held.items()}
-        try:
-            for key, tensor in held.items():
-                tensor.data = self._pristine(key, originals[key])
-            merged = self._unload(unit)
-            wanted = {unit.relative(key) for key in _changed(unit, self._attached)}
-            values = {**dict(merged.named_parameters()), **dict(merged.named_buffers())}
-            return {name: values[name].detach() for name in wanted}
-        finally:
-            for key, tensor in held.items():
-                tensor.data = originals[key]
-
-    def _pristine(self, key: str, current: torch.Tensor) -> torch.Tensor:
-        if key in self._attached.replaced:
-            value = self._attached.replaced[key]
-            return value.float() if value.is_floating_point() else value.clone()
-        if not self._attached.is_lazy:
-            return current.clone()
-        names = self._attached.names.renamed
-        if key in self._attached.own:
-            return torch.zeros(current.shape)  # the adapter's own value comes in its place
-        info = self._attached.checkpoint.tensors[names.get(key) or names[self._attached.ties[key]]]
-        value = self._reader.read(info)
-        return value.float() if value.is_floating_point() else value
-
-    def _unload(self, unit: Unit) -> nn.Module:
-        # PEFT's BaseTuner._unload_and_optionally_merge, for this module alone.
-        module = unit.module
-        try:
-            with torch.no_grad():
-                if hasattr(module, "unload_and_optionally_merge_module"):
-                    merged: nn.Module = module.unload_and_optionally_merge_module(
-                        merge=True, safe_merge=False, adapter_names=None
-                    )
-                else:
-                    module.merge(safe_merge=False, adapter_names=None)
-                    merged = module.get_base_layer()
-        except (NotImplementedError, ValueError, RuntimeError, TypeError) as error:
-            raise UnsupportedAdapter(
-                f"PEFT cannot merge {unit.path!r}: {str(error).strip()[:300]}",
-                why=f"{type(module).__name__} has no merge for these options.",
-                fix="Release the adapter unmerged, or train it without the option that the message names.",
-            ) from error
-        return merged
+def find_clusters(attached: Attached, units: Mapping[str, Unit]) -> list[tuple[str, ...]]:
+    """Return the units that have to be merged together because one conversion makes their tensors; most are alone."""
+    computed = attached.conversion.groups
+    clusters: dict[str, list[str]] = {}
+    owner: dict[str, str] = {}
+    for path, unit in units.items():
+        groups = {computed[key].key for key in changed_keys(unit, attached) if key in computed}
+        leaders = sorted({owner[group] for group in groups if group in owner}, key=list(clusters).index)
+        leader = leaders[0] if leaders else path
+        joined = [member for other in leaders for member in clusters.pop(other)] + [path]
+        clusters[leader] = joined
+        owner |= {group: leader for group, other in owner.items() if other in leaders} | dict.fromkeys(groups, leader)
+    return [tuple(members) for members in clusters.values()]
 
 
-def _changed(unit: Unit, attached: Attached) -> list[str]:
+def held_keys(unit: Unit, attached: Attached) -> list[str]:
+    """Return the unit's keys that PEFT's merge reads or writes."""
+    return changed_keys(unit, attached) if wrappers(unit.module) else list(unit.keys)
+
+
+def changed_keys(unit: Unit, attached: Attached) -> list[str]:
+    """Return the unit's keys whose values the adapter changes."""
+    targeted = wrappers(unit.module)
+    if targeted:
+        return [key for key in unit.keys if unit.relative(key) in targeted or key in attached.replaced]
     is_plain = isinstance(unit.module, LoraLayer) and not any(unit.module.lora_bias.values())
     if is_plain and f"{unit.path}.weight" in unit.keys:  # a bias below a LoRA layer stays, unless it was trained
         return [key for key in unit.keys if unit.relative(key) == "weight" or key in attached.replaced]
     return list(unit.keys)
+
+
+def _computed(
+    attached: Attached, clusters: Sequence[tuple[str, ...]], by_key: Mapping[str, Change]
+) -> dict[str, Change]:
+    """Return the stored tensors that a conversion makes of what is changed, given by the first unit of each cluster."""
+    leaders = {path: cluster[0] for cluster in clusters for path in cluster}
+    groups = attached.conversion.groups
+    return {
+        name: Change(unit=leaders[change.unit], parameter=name)
+        for key, change in by_key.items()
+        if key in groups
+        for name in groups[key].sources
+    }
 
 
 def _unit_of(key: str, paths: Container[str]) -> str | None:
@@ -259,28 +236,38 @@ def _adapter_storages(attached: Attached, unit: Unit) -> Iterator[int]:
             yield tensor.untyped_storage().data_ptr()
 
 
-def _check_source(attached: Attached, key: str) -> None:
+def _check_source(attached: Attached, key: str, change: Change) -> None:
     if key in attached.own:
         return
-    stored = attached.names.renamed.get(key) or attached.names.renamed.get(attached.ties.get(key, ""))
-    if stored is None:
-        sources = attached.names.converted.get(key, ())
-        raise UnsupportedCheckpoint(
-            f"The adapter changes {key!r}, which the base stores as {len(sources)} tensors.",
-            why="transformers joins them on loading; this version merges only parameters that are stored as one.",
-            fix="Release the adapter unmerged for now.",
-        )
-    info = attached.checkpoint.tensors[stored]
-    if info.dtype not in FLOATS:
-        raise UnsupportedCheckpoint(
-            f"The adapter changes {stored!r}, which the base stores as {info.dtype}.",
-            why="Only BF16, F16 and F32 weights are merged exactly.",
-            fix="Set `base-model` to the 16-bit model that it was made from.",
-        )
+    names, group = attached.names, attached.conversion.groups.get(key)
+    stored = names.renamed.get(key) or names.renamed.get(attached.ties.get(key, ""))
+    if group is not None:
+        reason = attached.conversion.problem(group) if change.parameter else "the adapter brings it as a whole"
+        if reason:
+            raise irreversible(group, reason)
+    for name in group.sources if group is not None else [stored]:
+        info = attached.checkpoint.tensors[name] if name else None
+        if info is None or info.dtype not in FLOATS:
+            raise UnsupportedCheckpoint(
+                f"The adapter changes {name or key!r}, which the base "
+                + (f"stores as {info.dtype}." if info else "does not store."),
+                why="Only BF16, F16 and F32 weights are merged exactly.",
+                fix="Set `base-model` to the 16-bit model that it was made from.",
+            )
 
 
-def _unit_bytes(attached: Attached, unit: Unit) -> int:
-    return COPIES_IN_MEMORY * sum(4 * prod(attached.parameters[key].shape) for key in unit.keys)
+def _cluster_bytes(attached: Attached, units: Mapping[str, Unit], cluster: tuple[str, ...]) -> int:
+    """Return what merging these units takes: of a stack of experts one expert, of others all, several times."""
+    groups = attached.conversion.groups
+    total = 0
+    for path in cluster:
+        unit = units[path]
+        for key in held_keys(unit, attached):
+            name = groups[key].sources[0] if key in groups else unit.relative(key)
+            stack = stack_of(attached, path, unit.module, name)
+            whole = COPIES_IN_MEMORY * 4 * prod(attached.parameters[key].shape)
+            total += whole if stack is None else expert_bytes(stack)
+    return total
 
 
 def _adapter_bytes(attached: Attached) -> int:

@@ -1,8 +1,7 @@
 """Which stored tensor makes which parameter of a model class, by transformers' own conversion.
 
-Covered: names that are kept or only renamed on loading (prefixes, old names).
-Told, not resolved: parameters that transformers computes from several stored tensors (fused experts, split or
-joined projections); they are listed in `StoredNames.converted`.
+Covered: names that are kept or only renamed on loading (prefixes, old names), and which stored tensors transformers
+computes a parameter from (fused experts, split or joined projections): `runner.checkpoint.conversion` does that.
 
 Source: transformers `core_model_loading.convert_and_load_state_dict_in_model`, whose order of renaming this
 follows; these functions are semi-private, hence the exact pin and a round-trip test.
@@ -15,7 +14,13 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,13 +29,18 @@ class StoredNames:
 
     Attributes:
         renamed: state-dict key of the model → the one stored tensor that it is.
-        converted: state-dict key of the model → the stored tensors that it is computed from.
+        converted: state-dict key of the model → the stored tensors that it is computed from, in transformers' order.
+            Where one stored tensor makes several parameters, the key is the first of them.
+        patterns: stored tensor in `converted` → the source pattern of transformers' converter that takes it.
         unknown: stored tensors that the model class does not know (multi-token-prediction heads and the like).
+        transforms: the renamings and converters that matched a name, in order.
     """
 
     renamed: Mapping[str, str]
     converted: Mapping[str, tuple[str, ...]]
+    patterns: Mapping[str, str]
     unknown: tuple[str, ...]
+    transforms: tuple[WeightTransform, ...]
 
 
 def map_names(model: PreTrainedModel, names: Iterable[str]) -> StoredNames:
@@ -42,6 +52,7 @@ def map_names(model: PreTrainedModel, names: Iterable[str]) -> StoredNames:
     prefix = model.base_model_prefix
     renamed: dict[str, str] = {}
     converted: dict[str, list[str]] = {}
+    patterns: dict[str, str] = {}
     unknown: list[str] = []
     for name in sorted(names, key=dot_natural_key):
         key, pattern = rename_source_key(name, renamings, converters, prefix, keys)
@@ -51,12 +62,15 @@ def map_names(model: PreTrainedModel, names: Iterable[str]) -> StoredNames:
             unknown.append(name)
         elif pattern is not None:
             converted.setdefault(key, []).append(name)
+            patterns[name] = pattern
         else:
             renamed[key] = name
     return StoredNames(
         renamed=renamed,
         converted={key: tuple(sources) for key, sources in converted.items()},
+        patterns=patterns,
         unknown=tuple(unknown),
+        transforms=tuple(entry for entry in mapping if entry.was_used()),
     )
 
 

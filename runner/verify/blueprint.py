@@ -8,6 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
+from runner.checkpoint.conversion import Conversion
+from runner.checkpoint.layout import TensorInfo
 from runner.checkpoint.names import map_names
 from runner.errors import AdapterMismatch
 from runner.verify.classes import Task, build_empty
@@ -22,7 +24,7 @@ class Blueprint:
     Attributes:
         keys: shapes by key of its state dict.
         stored: key → the one stored tensor that it is; keys made from several stored tensors are left out.
-        converted: keys that transformers computes from several stored tensors.
+        conversion: how the keys that are no stored tensor are computed from some.
         ties: key → key of the parameter that it shares, as the base's config has it.
         transposed: modules whose weight is stored as (in, out).
         embeddings: modules that look rows up.
@@ -32,7 +34,7 @@ class Blueprint:
 
     keys: Mapping[str, tuple[int, ...]]
     stored: Mapping[str, str]
-    converted: frozenset[str]
+    conversion: Conversion
     ties: Mapping[str, str]
     transposed: frozenset[str]
     embeddings: frozenset[str]
@@ -40,33 +42,35 @@ class Blueprint:
     dropped: frozenset[str]
 
 
-def read_blueprint(root: Path, names: Sequence[str], task: Task) -> Blueprint:
-    """Return the blueprint of the checkpoint in `root`, whose stored tensors are `names`; reads config.json only.
+def read_blueprint(root: Path, tensors: Mapping[str, TensorInfo], task: Task) -> Blueprint:
+    """Return the blueprint of the checkpoint in `root`, which stores `tensors`; reads config.json only.
 
     Args:
         root: the base's folder.
-        names: its stored tensors.
+        tensors: its headers, by name.
         task: which class the merged model is of.
 
     Raises:
         BrokenCheckpoint: transformers cannot build the model class.
     """
     model = task.empty(root)
-    found = map_names(model, names)
+    found = map_names(model, tensors)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    conversion = Conversion(found, shapes, lambda: task.empty(root))
     modules = dict(model.named_modules())
     keys = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     ties = dict(model.all_tied_weights_keys)
-    made = {*found.renamed, *found.converted}
+    made = {*found.renamed, *conversion.groups}
     made |= {key for pair in ties.items() if made & set(pair) for key in pair}
     return Blueprint(
         keys=keys,
         stored=dict(found.renamed),
-        converted=frozenset(found.converted),
+        conversion=conversion,
         ties=ties,
         transposed=frozenset(path for path, module in modules.items() if is_transposed(module)),
         embeddings=frozenset(path for path, module in modules.items() if isinstance(module, nn.Embedding)),
         heads=frozenset(keys.keys() - made) if task.departs else frozenset(),
-        dropped=_dropped(root, names, task, found.unknown),
+        dropped=_dropped(root, list(tensors), task, found.unknown),
     )
 
 

@@ -26,9 +26,10 @@ from runner.verify.outputs import NEW_TOKENS, judge_outputs
 from runner.verify.prompts import make_questions
 from runner.verify.recipe import read_recipe
 from runner.verify.shapes import resized_rows
+from runner.verify.sources import Sources
 from runner.verify.storage import Storage, compare_storage, judge_storage
 from runner.verify.structure import Form, Wanted, judge_structure
-from runner.verify.targets import Sources, Target, Targets, find_targets
+from runner.verify.targets import Target, Targets, find_targets
 from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
 
 MIN_RETENTION = 0.9
@@ -90,7 +91,7 @@ def judge(
         AdapterError: the adapter cannot be used, or is not for this base.
     """
     start = time.monotonic()
-    say = on_progress or _silent
+    say: Progress = on_progress or (lambda _what, _share: None)
     findings = _Findings()
     say("reading", 0.0)
     base_checkpoint = read_checkpoint(base)
@@ -138,8 +139,8 @@ def decide(checks: Sequence[Check]) -> Status:
 
 def _prepare(base: Checkpoint, adapter: Path, merged: Checkpoint, dtype: str) -> _Case:
     task = read_task(base.root, adapter)
-    blueprint = read_blueprint(base.root, list(base.tensors), task)
-    recipe = read_recipe(adapter, list(blueprint.keys))
+    blueprint = read_blueprint(base.root, base.tensors, task)
+    recipe = read_recipe(adapter, list(blueprint.keys), blueprint.conversion.sources)
     rows = resized_rows(recipe, blueprint)
     check_heads(blueprint, recipe)
     loaded = load_base(base.root, rows, wanted=task.model_class, labels=task.labels)
@@ -294,7 +295,3 @@ def _fail(layer: Layer, name: str, detail: str) -> Check:
 
 def _skipped(layer: Layer, reason: str) -> Check:
     return Check(layer=layer, name=f"{layer.value} was judged", outcome=Outcome.SKIPPED, detail=f"{reason}.")
-
-
-def _silent(_what: str, _share: float) -> None:
-    """Tell nobody."""

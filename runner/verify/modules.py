@@ -9,6 +9,7 @@ with f PEFT's unmerged forward of a float64 copy of that one module. Right merge
 a factor wrong by 2 % gives 2e-2. float32 is not enough: there a weak adapter drowns in rounding. The floor of the
 denominator only matters to a delta below 1e-8 of the output, which no stored float can hold. Two methods (DEFT, C3A)
 compute in float32 inside PEFT whatever they are given; for them the error is taken relative to ‖W x‖.
+Parameters that PEFT changes in place (`target_parameters`: experts) have a probe of their own, `runner.verify.wrapped`.
 Whole tensors that the adapter brings (`modules_to_save`) have nothing to compute: they must be equal in every bit.
 """
 
@@ -19,13 +20,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from runner.verify.exact import Exact
 from runner.verify.models import LOAD_ERRORS, Unmerged, bare, first_line, is_transposed, merged_copy
-from runner.verify.targets import Sources
+from runner.verify.sources import Sources
 from runner.verify.tensors import row_count
+from runner.verify.wrapped import probe_parameters
 
 LIMIT = 1e-6
 PROBES = 4
@@ -64,6 +67,9 @@ def probe_modules(unmerged: Unmerged, sources: Sources, seed: int) -> Iterator[P
 def _probe(path: str, unit: nn.Module, sources: Sources, generator: torch.Generator, floor: float) -> Probe:
     if isinstance(unit, ModulesToSaveWrapper):
         return _probe_copy(path, unit, sources)
+    if isinstance(unit, ParamWrapper):
+        error, key = probe_parameters(path, unit, sources.matrix, generator)
+        return Probe(module=path, error=error, detail=f"The parameter is {key}." if key else "")
     base = bare(unit)
     exact = _exact_module(path, unit, base, sources)
     inputs = _inputs(base, exact, generator)

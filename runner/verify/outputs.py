@@ -17,19 +17,21 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from runner.checkpoint.conversion import Group
 from runner.verify.exact import Exact, ExactStored
 from runner.verify.forward import error_of, generates, has_decoder, outputs_of, predicts_tokens
 from runner.verify.models import LOAD_ERRORS, Loaded, Unmerged, first_line, load_folder, quiet
 from runner.verify.prompts import Questions
 from runner.verify.quality import Tally
-from runner.verify.targets import Sources, Target, Targets
+from runner.verify.sources import Sources
+from runner.verify.targets import Target, Targets
 from runner.verify.tensors import round_to, row_blocks
 from runner.verify.verdict import Check, Continuation, Layer, Outcome, Quality
 
@@ -167,22 +169,45 @@ def _fill(model: PreTrainedModel, sources: Sources, targets: Targets, *, rounded
     Un-rounded also means that tensors which were only cast get the base's values back.
     """
     places = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    groups: dict[Group, None] = {}
     for target in _by_unit(sources, targets):
-        if not target.key:
+        exact = _wanted(target, sources, rounded=rounded)
+        group = sources.fused.group(target.stored)
+        if exact is None:
             continue
-        exact: Exact
-        if target.is_touched:
-            exact = sources.exact(target.key)
-        elif not rounded and target.base is not None and target.dtype != target.base.info.dtype:
-            exact = ExactStored(target.base.root, target.base.info)
-        else:
-            continue
-        place = places.get(target.key)
-        if place is None or tuple(place.shape) != exact.shape:
+        if group is not None:
+            groups[group] = None
+        elif not _put(places, target.key, _values(exact, target.dtype if rounded else "F32")):
             return target.stored
-        # New memory, because the loader may have given the parameter a view of the file.
-        place.data = _values(exact, target.dtype if rounded else "F32").to(place.device)
+    for group in groups:
+        stored = {}
+        for name in group.sources:
+            target = targets.required[name]
+            exact = _wanted(target, sources, rounded=rounded) or sources.of_stored(name)
+            stored[name] = _values(exact, target.dtype if rounded else "F32")
+        for key, value in sources.fused.join(group, stored).items():
+            if not _put(places, key, value):
+                return group.sources[0]
     return ""
+
+
+def _wanted(target: Target, sources: Sources, *, rounded: bool) -> Exact | None:
+    """Return E of a tensor whose loaded value is not to be kept, else None."""
+    if target.is_touched:
+        return sources.exact_of(target.key, target.base)
+    is_known = bool(target.key) or sources.fused.group(target.stored) is not None
+    if is_known and not rounded and target.base is not None and target.dtype != target.base.info.dtype:
+        return ExactStored(target.base.root, target.base.info)
+    return None
+
+
+def _put(places: Mapping[str, torch.Tensor], key: str, value: torch.Tensor) -> bool:
+    place = places.get(key)
+    if place is None or place.shape != value.shape:
+        return False
+    # New memory, because the loader may have given the parameter a view of the file.
+    place.data = value.to(place.device)
+    return True
 
 
 def _values(exact: Exact, dtype: str) -> torch.Tensor:

@@ -86,6 +86,7 @@ class Recipe:
         config: adapter_config.json.
         tensors: every tensor of the adapter by its name in the file.
         rules: key of the base model's state dict → what becomes of it, where there is a closed form.
+        stored: the same for stored tensors that are no parameter of the model's class: experts that it fuses.
         others: adapter tensors that no rule uses.
         redundant: adapter tensors that only repeat others; PEFT writes them beside a resized vocabulary.
     """
@@ -95,12 +96,18 @@ class Recipe:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     rules: Mapping[str, Rule]
+    stored: Mapping[str, Rule]
     others: tuple[str, ...]
     redundant: tuple[str, ...]
 
 
-def read_recipe(root: Path, parameters: Sequence[str]) -> Recipe:
+def read_recipe(root: Path, parameters: Sequence[str], fused: Sequence[str] = ()) -> Recipe:
     """Return what the adapter in `root` does to a model whose state dict has the keys `parameters`.
+
+    Args:
+        root: the adapter's folder.
+        parameters: keys of the model's state dict.
+        fused: stored tensors that the model's class fuses; an older class had a parameter for each.
 
     Raises:
         BrokenAdapter: config or weights are missing or unreadable, or half of a pair is missing.
@@ -126,19 +133,25 @@ def read_recipe(root: Path, parameters: Sequence[str]) -> Recipe:
         else:
             others.append(name)
     rules: dict[str, Rule] = {key: Copy(tensor=name) for key, name in copies.items()}
+    separate = frozenset(fused)
+    stored: dict[str, Rule] = {}
     for module, found in parts.items():
-        is_mine = f"{module}.weight" in known and _is_plain(config, others, module)
+        weight = f"{module}.weight"
+        is_mine = (weight in known or weight in separate) and _is_plain(config, others, module)
         made = _module_rules(module, found, config, tensors) if is_mine else None
-        if made is None or not made.keys() <= known:
-            others.extend(found.values())
-        else:
+        if made is not None and made.keys() <= known:
             rules |= made
+        elif made is not None and made.keys() <= separate:
+            stored |= made
+        else:
+            others.extend(found.values())
     return Recipe(
         root=root,
         peft_type=str(config.get("peft_type")),
         config=config,
         tensors=tensors,
         rules=rules,
+        stored=stored,
         others=tuple(sorted(others)),
         redundant=tuple(redundant),
     )

@@ -9,7 +9,8 @@ from runner.checkpoint.layout import Checkpoint
 from runner.verify.elements import Comparison, Deviation, Stored, compare_touched, compare_untouched, same_exact
 from runner.verify.exact import ExactStored
 from runner.verify.models import LOAD_ERRORS, Unmerged, first_line
-from runner.verify.targets import Sources, Target, Targets
+from runner.verify.sources import Sources
+from runner.verify.targets import Target, Targets
 from runner.verify.tensors import FLOATS
 from runner.verify.verdict import Check, Layer, Outcome
 
@@ -130,7 +131,7 @@ def _compare(result: Storage, found: Stored, target: Target, sources: Sources) -
         return
     else:
         try:
-            exact = sources.exact(target.key)
+            exact = sources.exact_of(target.key, target.base)
         except LOAD_ERRORS as error:
             result.unjudged[name] = f"PEFT's own merge of it fails: {first_line(error)}"
             return

@@ -10,6 +10,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from runner.checkpoint.names import map_names
 
@@ -53,6 +54,14 @@ def load(folder: Path) -> PreTrainedModel:
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
     model: PreTrainedModel = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32)
     return model
+
+
+def peft_merge_of_fused(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """Return stored name → float32 tensor of a model whose parameters are not all stored as they are."""
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=False)
+    return dict(revert_weight_conversion(merged, merged.state_dict()))
 
 
 def read_folder(folder: Path) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from runner.verify.models import load_base, load_unmerged
 from runner.verify.modules import LIMIT, Probe, probe_modules
 from runner.verify.recipe import Copy, LowRank, Recipe, Rule, Shift, read_recipe, scaling_of
 from runner.verify.shapes import resized_rows
-from runner.verify.targets import Sources
+from runner.verify.sources import Sources
 from tests.verify.conftest import Maker
 from tests.verify.tiny import lora, save_adapter
 from tests.verify.variants import LORA, TIED
@@ -33,7 +33,7 @@ Change = Callable[[Rule], Rule]
 def _probes(base: Path, adapter: Path, change: Change | None = None) -> list[Probe]:
     """Probe with the judge's rules changed by `change`."""
     checkpoint = read_checkpoint(base)
-    blueprint = read_blueprint(base, list(checkpoint.tensors), read_task(base, adapter))
+    blueprint = read_blueprint(base, checkpoint.tensors, read_task(base, adapter))
     recipe = read_recipe(adapter, list(blueprint.keys))
     unmerged = load_unmerged(load_base(base, resized_rows(recipe, blueprint)), adapter, recipe.redundant)
     if change is not None:
@@ -115,7 +115,7 @@ def test_reads_every_kind_of_rule(right_merge: Maker) -> None:
     rules: list[Rule] = []
     for variant in ("lora_bias", "bias_lora_only", "embeddings", "saved_modules"):
         base, adapter, _ = right_merge(variant)
-        blueprint = read_blueprint(base, list(read_checkpoint(base).tensors), read_task(base, adapter))
+        blueprint = read_blueprint(base, read_checkpoint(base).tensors, read_task(base, adapter))
         recipe = read_recipe(adapter, list(blueprint.keys))
         assert recipe.others == ()
         rules.extend(recipe.rules.values())

@@ -1,0 +1,159 @@
+"""What a `target_parameters` adapter does to a stack of experts, read from its files alone, in closed form.
+
+For a parameter W of shape (experts, m, n) and expert e, with the two layouts that PEFT has written:
+
+    ΔW[e] = s · B_e·A_e        A is (experts·r, n), B is (m, experts·r): PEFT 0.19 and later, experts as (out, in)
+    ΔW[e] = s · (B_e·A_e)ᵀ     A is (experts·r, m), B is (n, experts·r): PEFT up to 0.18, and experts as (in, out)
+
+A_e is the e-th block of r rows of A. B_e is the columns e, e + experts, … of B (PEFT's packing, the expert index
+running fastest); with the marker `lora_B_layout: grouped_by_expert` it is the e-th block of r columns.
+
+This is the judge's own reading of PEFT's file format; it uses nothing of the merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+
+from runner.checkpoint.layout import TensorInfo
+from runner.errors import BrokenAdapter
+from runner.verify.elements import Stored
+from runner.verify.exact import ExactLowRank
+from runner.verify.recipe import PREFIX, Recipe, scaling_of
+from runner.verify.tensors import read_tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertRule:
+    """E[e] = W[e] + scaling · (B_e·A_e), or its transpose.
+
+    Attributes:
+        a: adapter tensor.
+        b: adapter tensor.
+        scaling: alpha/rank, or alpha/sqrt(rank) for rsLoRA.
+        experts: how many.
+        is_transposed: whether the product is transposed.
+        is_grouped: whether the columns of `b` are grouped by expert.
+    """
+
+    a: str
+    b: str
+    scaling: float
+    experts: int
+    is_transposed: bool
+    is_grouped: bool
+
+
+class ExactExperts:
+    """E of a stack that is stored as one tensor; rows are experts."""
+
+    def __init__(self, base: Stored, rule: ExpertRule, recipe: Recipe):
+        """Take W as stored, and the rule."""
+        self.shape = base.info.shape
+        self._base = base
+        self._rule = rule
+        self._recipe = recipe
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return experts of E in float64, shape (stop - start, m, n)."""
+        base = self._base.rows(start, stop).double()
+        for expert in range(start, stop):
+            left, right = factors(self._rule, self._recipe, expert)
+            base[expert - start] += self._rule.scaling * (left.double() @ right.double())
+        return base
+
+    def _rows_of(self, expert: int, first: int, last: int) -> torch.Tensor:
+        return self._base.rows(expert, expert + 1)[0, first:last]
+
+    def noise(self, start: int, stop: int, *, output_is_float32: bool) -> torch.Tensor:
+        """Return the bound of `runner.verify.exact` for each expert."""
+        found = []
+        for expert in range(start, stop):
+            left, right = factors(self._rule, self._recipe, expert)
+            one = ExactLowRank(
+                base=partial(self._rows_of, expert),
+                shape=self.shape[1:],
+                a=right,
+                b=left,
+                scaling=self._rule.scaling,
+            )
+            found.append(one.noise(0, self.shape[1], output_is_float32=output_is_float32))
+        return torch.stack(found)
+
+
+def wrappers(unit: nn.Module) -> Iterator[tuple[str, Any, int]]:
+    """Yield (parameter's name, PEFT's wrapper, depth) of nested wrappers of one module, from the outermost in."""
+    depth, module = 0, unit
+    while isinstance(module, ParamWrapper):
+        yield module.parameter_name, module, depth
+        module, depth = module.base_layer, depth + 1
+
+
+def expert_rules(
+    recipe: Recipe, units: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, ExpertRule], frozenset[str]]:
+    """Return key → rule of every stack of experts that the adapter targets, and the adapter tensors that they use.
+
+    Args:
+        recipe: the adapter.
+        units: PEFT's outermost modules; which parameter a nested wrapper targets is not in the file.
+        shapes: of the base's parameters by key.
+
+    Raises:
+        BrokenAdapter: a pair does not fit its parameter.
+    """
+    rules: dict[str, ExpertRule] = {}
+    used: set[str] = set()
+    for path, unit in units.items():
+        for parameter, wrapper, depth in wrappers(unit):
+            key, under = f"{path}.{parameter}", f"{PREFIX}{path}{'.base_layer' * depth}"
+            a, b = f"{under}.lora_A.weight", f"{under}.lora_B.weight"
+            if len(shapes[key]) != 3 or a not in recipe.tensors or b not in recipe.tensors:
+                continue
+            rules[key] = _rule(recipe, key, a, b, shapes[key], is_in_out=not wrapper._did_swap_in_out_features)
+            used |= {a, b}
+    return rules, frozenset(used)
+
+
+def factors(rule: ExpertRule, recipe: Recipe, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (left, right) of one expert in the stored dtype: shapes (m, rank) and (rank, n)."""
+    a = _read(recipe.root, recipe.tensors[rule.a])
+    b = _read(recipe.root, recipe.tensors[rule.b])
+    rank = a.shape[0] // rule.experts
+    own_a = a[expert * rank : (expert + 1) * rank]
+    own_b = b[:, expert * rank : (expert + 1) * rank] if rule.is_grouped else b[:, expert :: rule.experts]
+    return (own_a.T, own_b.T) if rule.is_transposed else (own_b, own_a)
+
+
+@lru_cache(maxsize=2)
+def _read(root: Path, tensor: TensorInfo) -> torch.Tensor:
+    return read_tensor(root, tensor)  # asked for once for every expert
+
+
+def _rule(recipe: Recipe, key: str, a: str, b: str, shape: tuple[int, ...], *, is_in_out: bool) -> ExpertRule:
+    experts, rows, columns = shape
+    shape_a, shape_b = recipe.tensors[a].shape, recipe.tensors[b].shape
+    direct = (shape_a[1], shape_b[0]) == (columns, rows)
+    flipped = (shape_a[1], shape_b[0]) == (rows, columns)
+    if shape_a[0] != shape_b[1] or shape_a[0] % experts or not (direct or flipped):
+        raise BrokenAdapter(
+            f"{a!r} is {list(shape_a)} and {b!r} is {list(shape_b)}: they do not fit {key!r}, {list(shape)}.",
+            why="The adapter was trained on another base, or by a tool with a layout of its own.",
+            fix="Set `base-model` to the model that the adapter was trained on.",
+        )
+    return ExpertRule(
+        a=a,
+        b=b,
+        scaling=scaling_of(key, recipe.config),
+        experts=experts,
+        is_transposed=is_in_out if direct and flipped else flipped,
+        is_grouped=recipe.config.get("lora_B_layout") == "grouped_by_expert",
+    )
