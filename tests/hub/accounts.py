@@ -126,6 +126,12 @@ class Accounts:
             return allowed and token.grants("repo.write", repo_id)
         return allowed and token.role == "write"
 
+    def may_discuss(self, token: Token, repo_id: str) -> bool:
+        """Return whether a token may open discussions and pull requests on a repository that it sees."""
+        if token.role == "fineGrained":
+            return token.grants("discussion.write", repo_id) or token.grants("repo.write", repo_id)
+        return token.role == "write"
+
     def may_create(self, token: Token, namespace: str) -> bool:
         """Return whether a token may create repositories in a namespace; scopes on one model do not suffice."""
         if self.role_in(token, namespace) not in _CREATE_ROLES:

@@ -83,7 +83,7 @@ async def info(state: State, request: Request, names: Mapping[str, str]) -> Resp
         "lastModified": head.date,
         "createdAt": repo.commit(repo.state.commits[0]).date,
         "private": repo.state.private,
-        "gated": "manual" if repo.state.gated else False,
+        "gated": repo.state.gated or False,
         "disabled": False,
         "downloads": 0,
         "likes": 0,
@@ -155,5 +155,8 @@ async def refs(state: State, request: Request, names: Mapping[str, str]) -> Resp
         "converts": [],
     }
     if request.flag("include_prs"):
-        body["pullRequests"] = []
+        body["pullRequests"] = [
+            {"name": ref.removeprefix("refs/pr/"), "ref": ref, "targetCommit": oid}
+            for ref, oid in repo.state.pulls.items()
+        ]
     return answer(body)

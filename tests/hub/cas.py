@@ -31,8 +31,9 @@ async def read_token(state: State, request: Request, names: Mapping[str, str]) -
 
 async def write_token(state: State, request: Request, names: Mapping[str, str]) -> Response:
     """Give a token that adds files to one repository."""
-    repo, _ = state.writable(request, names["repo"])
-    repo.resolve(names["rev"])
+    repo, _ = state.committable(request, names["repo"], names["rev"])
+    if not request.flag("create_pr"):  # the client then writes None where the revision stands
+        repo.resolve(names["rev"])
     return _token(state, repo, "write")
 
 

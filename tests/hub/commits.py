@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from tests.hub import cards, refusals
+from tests.hub import cards, pulls, refusals
 from tests.hub.faults import Kind
 from tests.hub.gitobjects import Entry, checked_path, lfs_entry
 from tests.hub.protocol import Request, Response, answer
@@ -46,7 +46,7 @@ async def validate_yaml(state: State, request: Request, names: Mapping[str, str]
 
 async def preupload(state: State, request: Request, names: Mapping[str, str]) -> Response:
     """Say for each file whether it goes to LFS, and what the branch holds under its path."""
-    repo, _ = state.writable(request, names["repo"])
+    repo, _ = state.committable(request, names["repo"], names["rev"])
     tree = repo.tree(names["rev"])
     wanted = (await request.json())["files"]
     if len(wanted) > 256:
@@ -73,19 +73,13 @@ async def preupload(state: State, request: Request, names: Mapping[str, str]) ->
 
 
 async def commit(state: State, request: Request, names: Mapping[str, str]) -> Response:
-    """Apply a commit to a branch, whole or not at all."""
-    repo, token = state.writable(request, names["repo"])
-    if request.flag("create_pr"):
-        raise refusals.bad_request("This server has no pull requests")
+    """Apply a commit to a branch or pull request, whole or not at all; with `create_pr`, to a new pull request."""
+    repo, token = state.committable(request, names["repo"], names["rev"])
+    create_pr = request.flag("create_pr")
     header, changes = _parsed(await request.body())
     branch = names["rev"].removeprefix("refs/heads/")
     with repo.lock:
-        head = repo.state.branches.get(branch)
-        if head is None:
-            raise refusals.revision_not_found(names["rev"])
-        parent = header.get("parentCommit")
-        if parent is not None and not (len(parent) >= 7 and head.startswith(parent)):
-            raise stale_parent()
+        head = _parent(repo, branch, header.get("parentCommit"), create_pr=create_pr)
         tree = repo.tree(head)
         rules = _lfs_rules(state, tree)
         for kind, value in changes:
@@ -94,16 +88,31 @@ async def commit(state: State, request: Request, names: Mapping[str, str]) -> Re
             tree[request.rule.file] = _damaged(state, repo, tree[request.rule.file])
         _refuse_file_as_folder(tree)
         _extend_attributes(state, tree, rules, changes)
+        title, description = header["summary"], header.get("description", "")
+        if create_pr:
+            branch = pulls.open_pull(repo, title=title, description=description, author=token.user, start=head)
         made = repo.add_commit(
-            branch=branch,
-            parent=head,
-            tree=tree,
-            title=header["summary"],
-            message=header.get("description", ""),
-            author=token.user,
+            branch=branch, parent=head, tree=tree, title=title, message=description, author=token.user
         )
-    url = f"{state.endpoint}/{repo.repo_id}/commit/{made.oid}"
-    return answer({"success": True, "commitOid": made.oid, "commitUrl": url, "hookOutput": ""})
+        pulls.note_commit(repo, branch, made)
+    url = f"{state.endpoint}/{repo.repo_id}"
+    body = {"success": True, "commitOid": made.oid, "commitUrl": f"{url}/commit/{made.oid}", "hookOutput": ""}
+    if create_pr:
+        body["pullRequestUrl"] = f"{url}/discussions/{branch.removeprefix('refs/pr/')}"
+    return answer(body)
+
+
+def _parent(repo: Repository, branch: str, wanted: str | None, *, create_pr: bool) -> str:
+    """Return the commit to build on; refuses one that is not the head, except for a new pull request."""
+    if create_pr:
+        return repo.resolve(wanted or branch)
+    repo.refuse_protected(branch if branch.startswith("refs/") else f"refs/heads/{branch}")
+    head = repo.heads(branch).get(branch)
+    if head is None:
+        raise refusals.revision_not_found(branch)
+    if wanted is not None and not (len(wanted) >= 7 and head.startswith(wanted)):
+        raise stale_parent()
+    return head
 
 
 def _parsed(body: bytes) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Mapping
 from math import ceil
 from typing import Any
+from urllib.parse import unquote
 
 from tests.hub import refusals
 from tests.hub.disk import write_atomically
@@ -20,8 +21,8 @@ MEDIA_TYPE = "application/vnd.git-lfs+json"
 
 async def batch(state: State, request: Request, names: Mapping[str, str]) -> Response:
     """Say for each object whether it is here already, and if not, where to send it."""
-    repo, _ = state.writable(request, names["repo"])
     wanted = await request.json()
+    repo = _receiver(state, request, names["repo"], wanted.get("ref"))
     if wanted.get("operation") != "upload" or wanted.get("hash_algo", "sha256") != "sha256":
         raise refusals.bad_request("Only uploads by sha256 are served")
     transfers = wanted.get("transfers", ["basic"])
@@ -32,6 +33,16 @@ async def batch(state: State, request: Request, names: Mapping[str, str]) -> Res
     parted = any("chunk_size" in item.get("actions", {}).get("upload", {}).get("header", {}) for item in objects)
     body = {"transfer": "multipart" if parted else "basic", "objects": objects}
     return answer(body, headers={"Content-Type": MEDIA_TYPE})
+
+
+def _receiver(state: State, request: Request, repo_id: str, ref: Mapping[str, str] | None) -> Repository:
+    """Return the repository that takes the objects.
+
+    Without a reference they may be for a pull request, and whoever may open one may send them.
+    """
+    if ref is None:
+        return state.discussable(request, repo_id)[0]
+    return state.committable(request, repo_id, unquote(ref["name"]))[0]
 
 
 def _instruction(state: State, repo: Repository, item: Mapping[str, Any], *, multipart: bool) -> dict[str, Any]:
@@ -115,12 +126,26 @@ def _arrived(state: State, request: Request, fields: Mapping[str, str]) -> None:
 
 async def verify(state: State, request: Request, names: Mapping[str, str]) -> Response:
     """Confirm that an object is here with the size that the client thinks."""
-    repo, _ = state.writable(request, names["repo"])
+    repo, _ = state.discussable(request, names["repo"])
     wanted = await request.json()
     path = state.blobs.large_path(wanted["oid"])
     if not repo.has_large(wanted["oid"]) or path.stat().st_size != wanted["size"]:
         raise refusals.RefusedError(404, "The object is not here, or has another size")
     return answer({}, headers={"Content-Type": MEDIA_TYPE})
+
+
+async def duplicate(state: State, request: Request, names: Mapping[str, str]) -> Response:
+    """Give files of one repository to another one, without sending them."""
+    source = state.downloadable(request, names["repo"])
+    wanted = await request.json()
+    target, _ = state.writable(request, wanted["target"]["name"])
+    failed = []
+    for file in wanted["files"]:
+        if source.has_large(file["sha256"]):
+            target.mark_large(file["sha256"], file["xetHash"])
+        else:
+            failed.append({"sha256": file["sha256"], "error": "Not in this repository"})
+    return answer({"success": not failed, "failed": failed})
 
 
 async def get_object(state: State, request: Request, names: Mapping[str, str]) -> Response:

@@ -8,8 +8,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from threading import RLock
+from typing import Any
 
 from tests.hub import refusals
 from tests.hub.disk import write_atomically
@@ -46,21 +48,43 @@ class Commit:
     @property
     def date(self) -> str:
         """ISO date as the Hub writes it."""
-        moment = datetime.fromtimestamp(_EPOCH_S + self.number, UTC)
-        return moment.strftime("%Y-%m-%dT%H:%M:%S.000Z")
+        return date_text(self.number)
+
+
+def date_text(number: int) -> str:
+    """Return the ISO date of what was made after `number` commits, as the Hub writes it."""
+    return datetime.fromtimestamp(_EPOCH_S + number, UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
 
 @dataclass(slots=True, kw_only=True)
 class State:
-    """What of a repository can change; the content of `repo.json`."""
+    """What of a repository can change; the content of `repo.json`.
+
+    Attributes:
+        private: only members see it.
+        creator: user name.
+        gated: '' for not gated, else `auto` or `manual`.
+        access: user to `pending`, `accepted` or `rejected`, where it is gated.
+        commits: ids in the order they were made.
+        branches: name to commit.
+        tags: name to commit.
+        tag_messages: name to message.
+        pulls: `refs/pr/<number>` to commit.
+        discussions: as the protocol shows them, without what follows from the rest; number 1 first.
+        protected: patterns of full reference names that nobody may delete, move or push to.
+    """
 
     private: bool
     creator: str
-    gated: bool = False
+    gated: str = ""
+    access: dict[str, str] = field(default_factory=dict)
     commits: list[str] = field(default_factory=list)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     tag_messages: dict[str, str] = field(default_factory=dict)
+    pulls: dict[str, str] = field(default_factory=dict)
+    discussions: list[dict[str, Any]] = field(default_factory=list)
+    protected: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -94,6 +118,8 @@ class Repository:
     def resolve(self, revision: str) -> str:
         """Return the commit of a branch, tag, full `refs/…` name or commit id (7 digits or more)."""
         state = self.state
+        if revision in state.pulls:
+            return state.pulls[revision]
         for prefix, names in (("refs/heads/", state.branches), ("refs/tags/", state.tags)):
             if revision.startswith(prefix) and revision.removeprefix(prefix) in names:
                 return names[revision.removeprefix(prefix)]
@@ -115,6 +141,15 @@ class Repository:
         rows = json.loads((self.folder / "trees" / f"{commit.tree}.json").read_text())
         return {path: Entry(**entry) for path, entry in rows.items()}
 
+    def heads(self, name: str) -> dict[str, str]:
+        """Return the references that can be committed to, among which `name` is or would be one."""
+        return self.state.pulls if name.startswith("refs/pr/") else self.state.branches
+
+    def refuse_protected(self, ref: str) -> None:
+        """Refuse a change of a protected reference, by its full name."""
+        if any(fnmatch(ref, pattern) for pattern in self.state.protected):
+            raise refusals.forbidden(f"{ref} is protected")
+
     def history(self, revision: str) -> Iterator[Commit]:
         """Yield the commits of a revision, newest first."""
         oid: str | None = self.resolve(revision)
@@ -128,7 +163,7 @@ class Repository:
     ) -> Commit:
         """Store tree and commit, then move the branch; refuses a `parent` that is not the branch's head."""
         with self.lock:
-            if self.state.branches.get(branch) != parent:
+            if self.heads(branch).get(branch) != parent:
                 raise stale_parent()
             number = len(self.state.commits)
             root = folder_oids(tree)[""]
@@ -141,7 +176,7 @@ class Repository:
             write_atomically(self.folder / "trees" / f"{root}.json", json.dumps(rows, indent=1))
             write_atomically(self.folder / "commits" / f"{oid}.json", json.dumps(asdict(commit), indent=1))
             self.state.commits.append(oid)
-            self.state.branches[branch] = oid
+            self.heads(branch)[branch] = oid
             self.save()
             return commit
 
@@ -156,8 +191,9 @@ class Repository:
             self.save()
 
     def drop_tag(self, tag: str) -> None:
-        """Remove a tag."""
+        """Remove a tag; refuses a protected one."""
         with self.lock:
+            self.refuse_protected(f"refs/tags/{tag}")
             if self.state.tags.pop(tag, None) is None:
                 raise refusals.revision_not_found(tag)
             self.state.tag_messages.pop(tag, None)
@@ -167,14 +203,17 @@ class Repository:
         """Start a branch at the commit of `revision`; refuses a name that is taken."""
         with self.lock:
             oid = self.resolve(revision)
-            if checked_ref(branch) in self.state.branches:
+            if checked_ref(branch).startswith("refs/"):
+                raise refusals.bad_request(f"Invalid branch name: {branch!r}")
+            if branch in self.state.branches:
                 raise refusals.RefusedError(409, f"Reference already exists: {branch}")
             self.state.branches[branch] = oid
             self.save()
 
     def drop_branch(self, branch: str) -> None:
-        """Remove a branch; commits that a tag names stay reachable. Refuses `main`."""
+        """Remove a branch; commits that a tag names stay reachable. Refuses `main` and protected ones."""
         with self.lock:
+            self.refuse_protected(f"refs/heads/{branch}")
             if branch == "main":
                 raise refusals.forbidden("Cannot delete branch main")
             if self.state.branches.pop(branch, None) is None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from urllib.parse import unquote
 
-from tests.hub import api, cas, commits, lfs, listing, resolve
+from tests.hub import api, cas, commits, discussions, lfs, listing, resolve
 from tests.hub.protocol import Request, Response
 from tests.hub.state import State
 
@@ -16,6 +16,7 @@ Route = tuple[str, Handler, dict[str, str]]
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
 _MODEL = rf"/api/models/{_REPO}"
 _REV = r"(?P<rev>[^/]+)"
+_NUM = r"(?P<num>\d+)"
 _HASH = r"(?P<hash>[0-9a-f]{64})"
 _LFS = rf"/{_REPO}\.git/info/lfs"
 
@@ -41,8 +42,15 @@ _API: tuple[tuple[str, str, str, Handler], ...] = (
     ("tree", "GET", rf"{_MODEL}/tree/{_REV}(?:/(?P<path>.*))?", listing.tree),
     ("paths-info", "POST", rf"{_MODEL}/paths-info/{_REV}", listing.paths_info),
     ("commits", "GET", rf"{_MODEL}/commits/{_REV}", listing.commits),
+    ("discussions", "GET", rf"{_MODEL}/discussions", discussions.show_all),
+    ("create-discussion", "POST", rf"{_MODEL}/discussions", discussions.create),
+    ("discussion", "GET", rf"{_MODEL}/discussions/{_NUM}", discussions.show),
+    ("comment", "POST", rf"{_MODEL}/discussions/{_NUM}/comment", discussions.comment),
+    ("discussion-status", "POST", rf"{_MODEL}/discussions/{_NUM}/status", discussions.status),
+    ("merge", "POST", rf"{_MODEL}/discussions/{_NUM}/merge", discussions.merge),
     ("xet-read-token", "GET", rf"{_MODEL}/xet-read-token/{_REV}", cas.read_token),
     ("xet-write-token", "GET", rf"{_MODEL}/xet-write-token/{_REV}", cas.write_token),
+    ("lfs-duplicate", "POST", rf"{_MODEL}/lfs-files/duplicate", lfs.duplicate),
     ("lfs-batch", "POST", rf"{_LFS}/objects/batch", lfs.batch),
     ("lfs-verify", "POST", rf"{_LFS}/objects/verify", lfs.verify),
     ("resolve", "GET", rf"/{_REPO}/resolve/{_REV}/(?P<path>.+)", resolve.resolve),

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import uvicorn
 
@@ -16,7 +16,7 @@ from tests.hub.accounts import Accounts, Role, Scope
 from tests.hub.app import App
 from tests.hub.disk import Blobs
 from tests.hub.faults import Fired, Kind, Rule
-from tests.hub.repos import Repositories
+from tests.hub.repos import Repositories, Repository
 from tests.hub.routes import ENDPOINTS
 from tests.hub.state import Exchange, Limits, State
 from tests.hub.view import RepoView, seed
@@ -148,13 +148,23 @@ class LocalHub:
             self.add_user(owner)
         return seed(self._state, repo_id, folder, private=private)
 
-    def gate(self, repo_id: str, *, gated: bool = True) -> None:
-        """Let only members download from a repository, as a gated model does."""
+    def gate(self, repo_id: str, *, mode: Literal["", "auto", "manual"] = "manual") -> None:
+        """Let only members and accepted users download from a repository; '' opens it again."""
+        repo = self._repository(repo_id)
+        repo.state.gated = mode
+        repo.save()
+
+    def protect(self, repo_id: str, *patterns: str) -> None:
+        """Forbid changes of references: patterns of full names, such as `refs/tags/v*`; none lifts it."""
+        repo = self._repository(repo_id)
+        repo.state.protected = list(patterns)
+        repo.save()
+
+    def _repository(self, repo_id: str) -> Repository:
         repo = self._state.repos.get(repo_id)
         if repo is None:
             raise KeyError(repo_id)
-        repo.state.gated = gated
-        repo.save()
+        return repo
 
     def repo(self, repo_id: str) -> RepoView | None:
         """Return what the server holds of a repository, None if it does not exist."""

@@ -150,6 +150,26 @@ class State:
             raise refusals.forbidden(f"Forbidden: this token has no write access to {repo_id}.")
         return repo, token
 
+    def discussable(self, request: Request, repo_id: str) -> tuple[Repository, Token]:
+        """Return a repository on which the caller may open discussions and pull requests, and the caller."""
+        repo = self.readable(request, repo_id)
+        token = self.signed_in(request)
+        if not self.accounts.may_discuss(token, repo_id):
+            raise refusals.forbidden(f"Forbidden: this token may not discuss {repo_id}.")
+        return repo, token
+
+    def committable(self, request: Request, repo_id: str, revision: str) -> tuple[Repository, Token]:
+        """Return a repository to whose branch or pull request the caller may push, and the caller."""
+        if request.flag("create_pr"):
+            return self.discussable(request, repo_id)
+        if revision.startswith("refs/pr/"):
+            repo, token = self.discussable(request, repo_id)
+            number = revision.removeprefix("refs/pr/")
+            mine = [pull for pull in repo.state.discussions if str(pull["num"]) == number]
+            if mine and mine[0]["author"]["name"] == token.user:
+                return repo, token
+        return self.writable(request, repo_id)
+
     def signed_url(self, base: str, path: str, **fields: str) -> str:
         """Return a URL that needs no token: its fields are covered by a signature."""
         fields["nonce"] = secrets.token_hex(8)

@@ -34,6 +34,11 @@ class RepoView:
         return dict(self._repo.state.branches)
 
     @property
+    def pulls(self) -> dict[str, str]:
+        """`refs/pr/<number>` to commit id."""
+        return dict(self._repo.state.pulls)
+
+    @property
     def tags(self) -> dict[str, str]:
         """Tag to commit id."""
         return dict(self._repo.state.tags)
