@@ -5,7 +5,8 @@ Covered: whoami, create, delete, info, auth-check, card validation, preupload, L
 write and fine-grained tokens; rate limits; faults by rule (`tests.hub.faults`), resets of the connection included.
 The Xet storage: tokens, chunk queries, xorbs, shards (streamed or not), reconstructions of files and ranges, reads of
 several ranges; a server can also be without Xet.
-Pull requests on `refs/pr/N`, discussions, merges, history, protected references, copies within and between repositories.
+Pull requests on `refs/pr/N`, discussions, merges, history, protected references, copies without sending.
+Gated and private repositories, access requests, storage limits, tokens that expire.
 Not covered: datasets, spaces, OIDC, renames; uploads of xorbs by grants (clients fall back).
 
 Sources: the huggingface_hub 2.4.0 and hf_xet 1.8.0 clients (what is sent, what is read), the Hub's documentation of

@@ -6,7 +6,8 @@ import hashlib
 import json
 import secrets
 import string
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import RLock
@@ -31,11 +32,18 @@ class Token:
         user: who it belongs to.
         role: read, write or fineGrained.
         scoped: for fineGrained: (entity type, entity name, permissions), the type being model, user or org.
+        reads_gated: for fineGrained: whether it may read gated repositories that are not in its scopes.
+        publisher: `repo` or `user` for a token that a trusted publisher got, else ''. It has what `scoped` says and
+            no membership; one of a user reads public and gated files only.
+        expires_s: when it expires, in seconds since 1970; None for never.
     """
 
     user: str
     role: Role
     scoped: tuple[Scope, ...] = ()
+    reads_gated: bool = False
+    publisher: Literal["", "repo", "user"] = ""
+    expires_s: float | None = None
 
     def grants(self, permission: str, repo_id: str) -> bool:
         """Return whether a fine-grained scope gives `permission` on the repository; writing includes reading."""
@@ -79,14 +87,13 @@ class Accounts:
             self.orgs[name] = dict(members)
             self._save()
 
-    def add_token(self, user: str, role: Role, scoped: Iterable[Scope]) -> str:
-        """Return the text of a new token of `user`; it is kept nowhere else."""
-        if user not in self.users:
-            raise ValueError(f"no user {user!r}")
-        letters = string.ascii_letters
-        text = "hf_" + "".join(secrets.choice(letters) for _ in range(34))
+    def add_token(self, token: Token, *, prefix: str = "hf_") -> str:
+        """Return the text of a new token; it is kept nowhere else."""
+        if token.publisher != "repo" and token.user not in self.users:
+            raise ValueError(f"no user {token.user!r}")
+        text = prefix + "".join(secrets.choice(string.ascii_letters) for _ in range(34))
         with self._lock:
-            self._tokens[_digest(text)] = Token(user=user, role=role, scoped=tuple(scoped))
+            self._tokens[_digest(text)] = token
             self._save()
         return text
 
@@ -97,12 +104,12 @@ class Accounts:
             self._save()
 
     def identify(self, authorization: str | None) -> Token | None:
-        """Return whose request it is, None if anonymous; refuses a token that is not known."""
+        """Return whose request it is, None if anonymous; refuses a token that is not known or has expired."""
         if authorization is None:
             return None
         kind, _, text = authorization.partition(" ")
         token = self._tokens.get(_digest(text.strip()))
-        if kind.lower() != "bearer" or token is None:
+        if kind.lower() != "bearer" or token is None or (token.expires_s or time.time() + 1) <= time.time():
             raise refusals.wrong_token()
         return token
 
@@ -114,12 +121,20 @@ class Accounts:
 
     def may_read(self, token: Token, repo_id: str) -> bool:
         """Return whether a token sees a private repository."""
+        if token.publisher:
+            return token.grants("repo.content.read", repo_id)
         if self.role_in(token, repo_id.partition("/")[0]) not in _READ_ROLES:
             return False
         return token.role != "fineGrained" or token.grants("repo.content.read", repo_id)
 
+    def is_member(self, token: Token, repo_id: str) -> bool:
+        """Return whether the token's user belongs to the namespace of a repository."""
+        return self.role_in(token, repo_id.partition("/")[0]) in _READ_ROLES
+
     def may_write(self, token: Token, repo_id: str, creator: str) -> bool:
         """Return whether a token may change a repository; contributors only what they created."""
+        if token.publisher:
+            return token.grants("repo.write", repo_id)
         role = self.role_in(token, repo_id.partition("/")[0])
         allowed = role in _WRITE_ROLES or (role == "contributor" and creator == token.user)
         if token.role == "fineGrained":
@@ -145,7 +160,7 @@ class Accounts:
         access: dict[str, Any] = {"displayName": f"{token.user}-{token.role}", "role": token.role}
         if token.role == "fineGrained":
             access["fineGrained"] = {
-                "canReadGatedRepos": False,
+                "canReadGatedRepos": token.reads_gated,
                 "global": [],
                 "scoped": [
                     {"entity": {"_id": _digest(name)[:24], "type": kind, "name": name}, "permissions": permissions}

@@ -137,6 +137,10 @@ async def _registered(state: State, request: Request) -> int:
         files = await asyncio.to_thread(state.xet_store.put_shard, body)
     except ValueError as error:
         raise refusals.bad_request(f"The shard is refused: {error}") from None
+    room = state.room_bytes(repo.repo_id)
+    new = {sha256 for _, sha256 in files if not repo.has_large(sha256)}
+    if room is not None and sum(state.blobs.large_path(sha256).stat().st_size for sha256 in new) > room:
+        raise refusals.storage_full()
     for xet_hash, sha256 in files:
         repo.mark_large(sha256, xet_hash)
         file = state.xet_store.file(xet_hash)

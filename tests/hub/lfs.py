@@ -27,7 +27,9 @@ async def batch(state: State, request: Request, names: Mapping[str, str]) -> Res
         raise refusals.bad_request("Only uploads by sha256 are served")
     transfers = wanted.get("transfers", ["basic"])
     objects = [_instruction(state, repo, item, multipart="multipart" in transfers) for item in wanted["objects"]]
-    if request.is_hit(Kind.QUOTA):
+    room = state.room_bytes(repo.repo_id)
+    missing = sum(item["size"] for item in objects if "actions" in item)
+    if request.is_hit(Kind.QUOTA) or (room is not None and missing > room):
         full = {"error": {"code": 403, "message": refusals.storage_full().message}}
         objects = [{"oid": item["oid"], "size": item["size"], **full} for item in wanted["objects"]]
     parted = any("chunk_size" in item.get("actions", {}).get("upload", {}).get("header", {}) for item in objects)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from urllib.parse import unquote
 
-from tests.hub import api, cas, commits, discussions, lfs, listing, resolve
+from tests.hub import api, cas, commits, discussions, gates, lfs, listing, resolve
 from tests.hub.protocol import Request, Response
 from tests.hub.state import State
 
@@ -42,6 +42,15 @@ _API: tuple[tuple[str, str, str, Handler], ...] = (
     ("tree", "GET", rf"{_MODEL}/tree/{_REV}(?:/(?P<path>.*))?", listing.tree),
     ("paths-info", "POST", rf"{_MODEL}/paths-info/{_REV}", listing.paths_info),
     ("commits", "GET", rf"{_MODEL}/commits/{_REV}", listing.commits),
+    ("settings", "PUT", rf"{_MODEL}/settings", gates.settings),
+    (
+        "access-requests",
+        "GET",
+        rf"{_MODEL}/user-access-request/(?P<decision>pending|accepted|rejected)",
+        gates.requests,
+    ),
+    ("handle-access", "POST", rf"{_MODEL}/user-access-request/handle", gates.handle),
+    ("grant-access", "POST", rf"{_MODEL}/user-access-request/grant", gates.grant),
     ("discussions", "GET", rf"{_MODEL}/discussions", discussions.show_all),
     ("create-discussion", "POST", rf"{_MODEL}/discussions", discussions.create),
     ("discussion", "GET", rf"{_MODEL}/discussions/{_NUM}", discussions.show),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any, Literal, Self
 
 import uvicorn
 
-from tests.hub.accounts import Accounts, Role, Scope
+from tests.hub import gates
+from tests.hub.accounts import Accounts, Role, Scope, Token
 from tests.hub.app import App
 from tests.hub.disk import Blobs
 from tests.hub.faults import Fired, Kind, Rule
@@ -123,16 +125,28 @@ class LocalHub:
         """Add an organisation with its members: user to role (read, contributor, write, admin)."""
         self._state.accounts.add_org(name, members)
 
-    def add_token(self, user: str, role: Role = "write", scoped: Iterable[Scope] = ()) -> str:
+    def add_token(
+        self,
+        user: str,
+        role: Role = "write",
+        scoped: Iterable[Scope] = (),
+        *,
+        reads_gated: bool = False,
+        expires_in_s: float | None = None,
+    ) -> str:
         """Return a new token.
 
         Args:
             user: whose.
             role: read, write or fineGrained.
-            scoped: for fineGrained: (`model`, `user` or `org`; its name; permissions such as `repo.write` and
-                `repo.content.read`).
+            scoped: for fineGrained: (`model`, `user` or `org`; its name; permissions such as `repo.write`,
+                `repo.content.read` and `discussion.write`).
+            reads_gated: for fineGrained: whether it may read gated repositories that its user has access to.
+            expires_in_s: how long it is valid; None for ever.
         """
-        return self._state.accounts.add_token(user, role, scoped)
+        expires_s = None if expires_in_s is None else time.time() + expires_in_s
+        token = Token(user=user, role=role, scoped=tuple(scoped), reads_gated=reads_gated, expires_s=expires_s)
+        return self._state.accounts.add_token(token)
 
     def revoke(self, token: str) -> None:
         """Make a token unknown."""
@@ -153,6 +167,14 @@ class LocalHub:
         repo = self._repository(repo_id)
         repo.state.gated = mode
         repo.save()
+
+    def ask_access(self, repo_id: str, user: str) -> str:
+        """Let a user ask for access to a gated repository, as on its page; return `accepted` or `pending`."""
+        return gates.ask(self._repository(repo_id), user)
+
+    def limit_storage(self, namespace: str, size_bytes: int) -> None:
+        """Limit what the large files of a user or organisation may take together."""
+        self._state.storage_bytes[namespace] = size_bytes
 
     def protect(self, repo_id: str, *patterns: str) -> None:
         """Forbid changes of references: patterns of full names, such as `refs/tags/v*`; none lifts it."""

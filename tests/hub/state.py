@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import quote, urlencode
 
-from tests.hub import refusals
+from tests.hub import gates, refusals
 from tests.hub.accounts import Accounts, Token
 from tests.hub.disk import Blobs
 from tests.hub.faults import Faults, Kind
@@ -80,6 +80,7 @@ class State:
         blob_endpoint: URL of the blob host; another origin, so that clients must not send their token there.
         blob_host: its host name.
         xet: whether clients may use the Xet protocol; else only LFS.
+        storage_bytes: how much each namespace may store; those that are not here, anything.
         log: all exchanges so far.
     """
 
@@ -92,6 +93,7 @@ class State:
     blob_host: str
     xet: bool
     xet_store: XetStore
+    storage_bytes: dict[str, int] = field(default_factory=dict)
     faults: Faults = field(default_factory=Faults)
     log: list[Exchange] = field(default_factory=list)
     meter: Meter = field(init=False)
@@ -131,13 +133,12 @@ class State:
         return repo
 
     def downloadable(self, request: Request, repo_id: str) -> Repository:
-        """Return a repository whose files the caller may read; gated ones only to those who can see them as members."""
+        """Return a repository whose files the caller may read; gated ones only to members and accepted users."""
         repo = self.readable(request, repo_id)
         if repo.state.gated:
-            token = self.caller(request)
-            message = f"Access to model {repo_id} is restricted and you are not in the authorized list."
-            if token is None or not self.accounts.may_read(token, repo_id):
-                raise refusals.RefusedError(401 if token is None else 403, message, code="GatedRepo")
+            refusal = gates.refusal(self.accounts, repo, self.caller(request), self.endpoint)
+            if refusal is not None:
+                raise refusal
         return repo
 
     def writable(self, request: Request, repo_id: str) -> tuple[Repository, Token]:
@@ -169,6 +170,14 @@ class State:
             if mine and mine[0]["author"]["name"] == token.user:
                 return repo, token
         return self.writable(request, repo_id)
+
+    def room_bytes(self, repo_id: str) -> int | None:
+        """Return how many more bytes of large files the namespace of a repository may store; None for any number."""
+        namespace = repo_id.partition("/")[0]
+        if namespace not in self.storage_bytes:
+            return None
+        stored = self.repos.root.glob(f"{namespace}/*/lfs/*")
+        return self.storage_bytes[namespace] - sum(self.blobs.large_path(path.name).stat().st_size for path in stored)
 
     def signed_url(self, base: str, path: str, **fields: str) -> str:
         """Return a URL that needs no token: its fields are covered by a signature."""
