@@ -7,7 +7,8 @@ The Xet storage: tokens, chunk queries, xorbs, shards (streamed or not), reconst
 several ranges; a server can also be without Xet.
 Pull requests on `refs/pr/N`, discussions, merges, history, protected references, copies without sending.
 Gated and private repositories, access requests, storage limits, tokens that expire.
-Not covered: datasets, spaces, OIDC, renames; uploads of xorbs by grants (clients fall back).
+Trusted publishers, with an identity provider that signs for them (`tests.hub.identity`).
+Not covered: datasets, spaces, renames; uploads of xorbs by grants (clients fall back).
 
 Sources: the huggingface_hub 2.4.0 and hf_xet 1.8.0 clients (what is sent, what is read), the Hub's documentation of
 git, LFS and tokens, the Xet specification.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from urllib.parse import unquote
 
-from tests.hub import api, cas, commits, discussions, gates, lfs, listing, resolve
+from tests.hub import api, cas, commits, discussions, gates, lfs, listing, publishers, resolve
 from tests.hub.protocol import Request, Response
 from tests.hub.state import State
 
@@ -24,6 +24,7 @@ _LFS = rf"/{_REPO}\.git/info/lfs"
 # v1/beta stays one segment.
 _API: tuple[tuple[str, str, str, Handler], ...] = (
     ("whoami", "GET", r"/api/whoami-v2", api.whoami),
+    ("exchange", "POST", r"/oauth/token", publishers.exchange),
     ("create-repo", "POST", r"/api/repos/create", api.create),
     ("delete-repo", "DELETE", r"/api/repos/delete", api.delete),
     ("validate-yaml", "POST", r"/api/validate-yaml", commits.validate_yaml),

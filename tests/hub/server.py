@@ -18,6 +18,7 @@ from tests.hub.accounts import Accounts, Role, Scope, Token
 from tests.hub.app import App
 from tests.hub.disk import Blobs
 from tests.hub.faults import Fired, Kind, Rule
+from tests.hub.publishers import Publisher
 from tests.hub.repos import Repositories, Repository
 from tests.hub.routes import ENDPOINTS
 from tests.hub.state import Exchange, Limits, State
@@ -171,6 +172,16 @@ class LocalHub:
     def ask_access(self, repo_id: str, user: str) -> str:
         """Let a user ask for access to a gated repository, as on its page; return `accepted` or `pending`."""
         return gates.ask(self._repository(repo_id), user)
+
+    def trust(self, resource: str, issuer: str, **claims: str) -> None:
+        """Let jobs with these claims get a token: to write to a repository, or to read what a user may.
+
+        Args:
+            resource: `owner/name`, or a user name.
+            issuer: address of the identity provider.
+            claims: such as `repository`, `branch` and `workflow`; each must be equal.
+        """
+        self._state.publishers.append(Publisher(resource=resource, issuer=issuer, claims=claims))
 
     def limit_storage(self, namespace: str, size_bytes: int) -> None:
         """Limit what the large files of a user or organisation may take together."""

@@ -7,6 +7,7 @@ import hmac
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 from urllib.parse import quote, urlencode
 
 from tests.hub import gates, refusals
@@ -17,6 +18,9 @@ from tests.hub.meter import Meter
 from tests.hub.protocol import Request
 from tests.hub.repos import Repositories, Repository
 from tests.hub.xetstore import XetStore
+
+if TYPE_CHECKING:
+    from tests.hub.publishers import Publisher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +35,7 @@ class Limits:
         api_calls: allowed in each window; 0 for no limit.
         window_s: length of such a window.
         xet_token_s: how long a token of the Xet storage is valid.
+        publisher_token_s: how long a token is valid that a trusted publisher got.
         xet_knows_chunks: whether the storage tells clients which chunks it has already.
     """
 
@@ -41,6 +46,7 @@ class Limits:
     api_calls: int = 0
     window_s: float = 300.0
     xet_token_s: float = 3600.0
+    publisher_token_s: float = 3600.0
     xet_knows_chunks: bool = True
 
 
@@ -80,6 +86,7 @@ class State:
         blob_endpoint: URL of the blob host; another origin, so that clients must not send their token there.
         blob_host: its host name.
         xet: whether clients may use the Xet protocol; else only LFS.
+        publishers: which jobs get a token without having one.
         storage_bytes: how much each namespace may store; those that are not here, anything.
         log: all exchanges so far.
     """
@@ -93,6 +100,7 @@ class State:
     blob_host: str
     xet: bool
     xet_store: XetStore
+    publishers: list[Publisher] = field(default_factory=list)
     storage_bytes: dict[str, int] = field(default_factory=dict)
     faults: Faults = field(default_factory=Faults)
     log: list[Exchange] = field(default_factory=list)
