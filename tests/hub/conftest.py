@@ -11,6 +11,7 @@ from huggingface_hub.utils import _xet
 
 from tests.hub.server import LocalHub
 from tests.hub.state import Limits
+from tests.hub.xetclient import use_xet
 
 MULTIPART_FROM_BYTES = 1 << 20
 PART_BYTES = 300_000
@@ -82,18 +83,10 @@ def released(hub: LocalHub, alice: HfApi) -> str:
 @pytest.fixture
 def fresh_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[], None]]:
     """Turn Xet on; give a function that makes the client forget what it has sent and got, as on another machine."""
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
-    for name, text in {"RETRY_BASE_DELAY": "10ms", "RETRY_MAX_ATTEMPTS": "3"}.items():
-        monkeypatch.setenv(f"HF_XET_CLIENT_{name}", text)
     homes = iter(range(100))
 
     def forget() -> None:
-        home = tmp_path / f"home-{next(homes)}"
-        monkeypatch.setenv("HF_HOME", str(home))
-        monkeypatch.setenv("HF_XET_CACHE", str(home / "xet"))
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-        _xet.abort_xet_session()
-        _xet.XET_CONNECTION_INFO_CACHE.clear()
+        use_xet(monkeypatch, tmp_path / f"home-{next(homes)}")
 
     forget()
     yield forget
