@@ -211,3 +211,58 @@ def test_an_error_text_of_the_server_that_repeats_a_secret_is_cleaned(world: Wor
     assert str(world.token) not in text
     assert "pw" not in text.split()
     assert "https://cdn.example/x" in text
+
+
+@pytest.mark.parametrize("endpoint", ["info", "refs", "tree"])
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_a_read_that_is_older_than_the_last_write_never_leads_to_a_second_commit(
+    world: World, endpoint: str, nth: int
+) -> None:
+    world.publish()
+    newer = replace(world, origin=origin("b" * 64))
+    world.hub.fail(endpoint, Kind.STALE, nth=nth)
+    try:
+        newer.publish(tag="v2.0.0")
+    except (PublishConflict, PublishError):
+        # The head that was read is not the head any more, or the new commit is not shown yet.
+        assert set(world.tags()) == {"v1.0.0"}
+        newer.publish(tag="v2.0.0")
+    assert world.commits() == 2
+    assert set(world.tags()) == {"v1.0.0", "v2.0.0"}
+    assert world.tags()["v2.0.0"] != world.tags()["v1.0.0"]
+
+
+@pytest.mark.parametrize("endpoint", ["preupload", "lfs-batch", "commit", "create-tag"])
+def test_a_token_that_expires_on_the_way_leaves_no_tag_and_a_new_one_finishes(world: World, endpoint: str) -> None:
+    world.hub.fail(endpoint, Kind.EXPIRED)
+    with pytest.raises(PublishError, match="not accepted"):
+        world.publish()
+    assert world.tags() == {}
+    assert replace(world, token=world.hub.add_token("alice")).publish().created
+    assert world.commits() == 1
+    assert is_released(world)
+
+
+def test_an_upload_url_that_expired_is_asked_for_again(world: World) -> None:
+    world.hub.fail("lfs-put", Kind.EXPIRED)
+    assert world.publish().created
+    assert is_released(world)
+    assert world.calls("lfs-put") == 2
+
+
+@pytest.mark.parametrize("endpoint", ["lfs-batch", "commit"])
+def test_a_full_storage_is_told_in_the_hubs_words(world: World, endpoint: str) -> None:
+    world.hub.fail(endpoint, Kind.QUOTA, times=100)
+    with pytest.raises(PublishError, match="storage limit reached"):
+        world.publish()
+    assert world.tags() == {}
+    assert world.commits() == 0
+
+
+def test_a_protected_tag_stays_where_it_is(world: World) -> None:
+    world.publish()
+    before = world.tags()
+    world.hub.protect(REPO, "refs/tags/v*")
+    with pytest.raises(PublishError, match="protected"):
+        replace(world, origin=origin("b" * 64)).publish(on_existing_tag="replace")
+    assert world.tags() == before
