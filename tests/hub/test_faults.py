@@ -246,8 +246,6 @@ def test_says_what_it_does_not_serve(hub: LocalHub, alice: HfApi) -> None:
     auth = {"Authorization": f"Bearer {alice.token}"}
     assert httpx2.get(f"{hub.endpoint}/api/datasets/a/b", headers=auth).status_code == 404
     assert [exchange.path for exchange in hub.exchanges() if not exchange.routed] == ["/api/datasets/a/b"]
-    with pytest.raises(HfHubHTTPError, match="no pull requests"):
-        alice.create_commit(REPO, [CommitOperationAdd("a", b"1")], commit_message="pr", create_pr=True)
 
 
 def _served(process: subprocess.Popen[str]) -> dict[str, str]:
