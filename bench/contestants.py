@@ -32,12 +32,14 @@ class Contestant:
         name: as the tables have it.
         command: the program; base, out and adapter are appended.
         merges: whether its output is a merge (a copy is not), to be compared with the right one.
+        every_round: whether it runs in each round, or in the first ones only (`peer_rounds` of the case).
         python_path: for PYTHONPATH, or empty.
     """
 
     name: str
     command: tuple[str, ...]
     merges: bool = True
+    every_round: bool = True
     python_path: str = ""
 
     def arguments(self, base: Path, out: Path, adapter: Path) -> list[str]:
@@ -62,7 +64,12 @@ def contestants() -> list[Contestant]:
     """Return those who can take part here, in the order of a round."""
     fixed = [
         Contestant(name="cp", command=("cp", "-r"), merges=False),
-        Contestant(name="cp, then sha256sum", command=("sh", str(ENTRIES / "cp_and_sha256sum.sh")), merges=False),
+        Contestant(
+            name="cp, then sha256sum",
+            command=("sh", str(ENTRIES / "cp_and_sha256sum.sh")),
+            merges=False,
+            every_round=False,
+        ),
         Contestant(name=COPY_AND_HASH, command=entry("copy_and_hash.py"), merges=False),
         Contestant(name=OURS, command=entry("ours.py"), python_path=str(ROOT)),
         Contestant(name=PEFT, command=entry("peft_merge.py")),
@@ -71,4 +78,4 @@ def contestants() -> list[Contestant]:
 
 
 def _peer(peer: Peer) -> Contestant:
-    return Contestant(name=peer.name, command=entry(peer.program, peer.python))
+    return Contestant(name=peer.name, command=entry(peer.program, peer.python), every_round=False)

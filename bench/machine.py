@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 from pathlib import Path
 
-from bench.peers import PEERS
+from bench.peers import PEERS, ROOT
 
 SHOWN = ("torch", "transformers", "peft", "safetensors", "numpy")
 
@@ -19,10 +20,19 @@ def describe() -> dict[str, object]:
         "cores": os.cpu_count(),
         "memory_gb": round(int(_field("/proc/meminfo", "MemTotal").split()[0]) * 1024 / 1e9, 1),
         "kernel": platform.release(),
+        "commit": _commit(),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in SHOWN},
         "peers": {peer.name: _shown(peer.pins) for peer in PEERS if peer.is_ready},
     }
+
+
+def _commit() -> str:
+    """Return the commit of this tree, or `unknown` where there is no git."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"
 
 
 def _shown(pins: dict[str, str]) -> dict[str, str]:

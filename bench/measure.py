@@ -34,6 +34,7 @@ class Run:
     Attributes:
         wall_s: from start to exit, imports included.
         after_imports_s: what the command itself printed, or None.
+        plan_s: the part of it before the first weight is read, where it printed that too.
         cpu_s: user and system, of the command and of every descendant that was waited for.
         anonymous_bytes: highest sampled sum of RssAnon.
         resident_bytes: highest sampled sum of VmRSS (anonymous, file pages and shared memory; a page that two processes
@@ -46,6 +47,7 @@ class Run:
 
     wall_s: float
     after_imports_s: float | None
+    plan_s: float | None
     cpu_s: float
     anonymous_bytes: int
     resident_bytes: int
@@ -89,9 +91,11 @@ def measure(
     if stopped or process.returncode:
         why = stopped or _ending(process.returncode)
         return Failure(why=why, output=text[-KEPT_OUTPUT_CHARS:])
+    said = _said(text)
     return Run(
         wall_s=wall_s,
-        after_imports_s=_after_imports_s(text),
+        after_imports_s=said.get("after_imports_s"),
+        plan_s=said.get("plan_s"),
         cpu_s=usage.ru_utime + usage.ru_stime,
         anonymous_bytes=tree.anonymous_bytes,
         resident_bytes=tree.resident_bytes,
@@ -166,11 +170,12 @@ def _fields(path: Path) -> dict[str, int]:
     return found
 
 
-def _after_imports_s(text: str) -> float | None:
+def _said(text: str) -> dict[str, float]:
+    """Return the times in the last line that a command printed for us, by name."""
     for line in reversed(text.splitlines()):
         if line.startswith('{"after_imports_s"'):
-            return float(json.loads(line)["after_imports_s"])
-    return None
+            return {name: float(value) for name, value in json.loads(line).items()}
+    return {}
 
 
 def _ending(code: int) -> str:

@@ -17,7 +17,8 @@ import shlex
 import shutil
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +38,43 @@ class Case:
     Attributes:
         size_gb: of the bf16 base, in 1e9 bytes.
         targets: modules that the adapter changes; empty for all linear ones.
-        rounds: how often each contestant runs.
+        rounds: how often copies, ours and PEFT run.
+        peer_rounds: how often the other peers run, at most.
         r: rank of the adapter.
     """
 
     size_gb: float
     targets: tuple[str, ...] = ()
     rounds: int = 3
+    peer_rounds: int = 3
     r: int = 16
 
 
+# The most telling first, in case the time does not suffice for all.
 FULL = (
-    Case(size_gb=0.3, rounds=3),
-    Case(size_gb=1, rounds=3),
-    Case(size_gb=3, rounds=2),
-    Case(size_gb=3, rounds=2, targets=("q_proj", "v_proj")),
-    Case(size_gb=8, rounds=1),
+    Case(size_gb=3, rounds=3, peer_rounds=1),
+    Case(size_gb=8, rounds=1, peer_rounds=1),
+    Case(size_gb=1, rounds=3, peer_rounds=1),
+    Case(size_gb=3, rounds=2, peer_rounds=1, targets=("q_proj", "v_proj")),
+    Case(size_gb=0.3, rounds=3, peer_rounds=1),
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """What is the same for all cases.
+
+    Attributes:
+        chosen: who takes part, in the order of a round.
+        limits: beyond which a contestant is stopped.
+        until: when to stop beginning new runs, on the monotonic clock.
+        compare: whether to compare the merges with the right one.
+    """
+
+    chosen: list[Contestant]
+    limits: Limits
+    until: float = float("inf")
+    compare: bool = True
 
 
 def main() -> None:
@@ -65,8 +86,11 @@ def main() -> None:
         document = {"command": command(arguments), "machine": describe(), "cases": []}
         limits = Limits(wall_s=arguments.timeout, anonymous_bytes=int(available_bytes() * 0.95))
         chosen = [one for one in contestants() if not arguments.only or one.name in arguments.only]
+        until = time.monotonic() + 60 * arguments.minutes
         for case in cases(arguments):
-            document["cases"].append(run_case(case, chosen, limits, arguments.folder, compare=arguments.compare))
+            bench = Bench(chosen=chosen, limits=limits, until=until, compare=arguments.compare)
+            document["cases"].append(run_case(case, bench, arguments.folder))
+            document["cases"].sort(key=lambda found: (-len(found["targets"]), found["base_bytes"]))
             if arguments.json:
                 arguments.json.write_text(json.dumps(document, indent=1))
     print(tables(document))
@@ -84,6 +108,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="0.3, 1, 3 and 8 GB, and 3 GB with q and v only")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="a contestant; may be repeated")
     parser.add_argument("--timeout", type=float, default=480.0, help="seconds after which a contestant is stopped")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no new run is begun")
     parser.add_argument("--no-compare", dest="compare", action="store_false", help="do not compare the merges")
     parser.add_argument("--folder", type=Path, default=None, help="where to work; default: a temporary folder")
     parser.add_argument("--json", type=Path, default=None, help="write every run to this file, after each case")
@@ -95,15 +120,14 @@ def parse() -> argparse.Namespace:
 def cases(arguments: argparse.Namespace) -> list[Case]:
     """Return the cases that the arguments ask for."""
     if arguments.full:
-        wanted = arguments.rounds
-        return [Case(**(asdict(case) | {"rounds": wanted or case.rounds, "r": arguments.r})) for case in FULL]
+        wanted = {"rounds": arguments.rounds, "peer_rounds": arguments.rounds} if arguments.rounds else {}
+        return [replace(case, r=arguments.r, **wanted) for case in FULL]
     targets = () if arguments.targets == "all" else tuple(arguments.targets.split(","))
-    return [Case(size_gb=arguments.size_gb, targets=targets, rounds=arguments.rounds or 3, r=arguments.r)]
+    rounds = arguments.rounds or 3
+    return [Case(size_gb=arguments.size_gb, targets=targets, rounds=rounds, peer_rounds=rounds, r=arguments.r)]
 
 
-def run_case(
-    case: Case, chosen: list[Contestant], limits: Limits, parent: Path | None, *, compare: bool
-) -> dict[str, Any]:
+def run_case(case: Case, bench: Bench, parent: Path | None) -> dict[str, Any]:
     """Make base and adapter, run every contestant in every round, and return all that was found, for JSON."""
     from bench.reference import write_reference
     from bench.synthetic import ALL_LINEAR, write_adapter, write_base
@@ -118,41 +142,45 @@ def run_case(
         found |= {"targets": case.targets or ALL_LINEAR, "shards": len(shards)}
         found["base_bytes"] = sum(path.stat().st_size for path in shards)
         print(f"base: {found['base_bytes'] / 1e9:.2f} GB bf16, {shape.layers} layers", file=sys.stderr, flush=True)
-        if compare:
+        if bench.compare:
             write_reference(base, adapter, reference)
-        found["results"] = run_rounds(case, chosen, limits, folder, compare=compare)
+        found["results"] = run_rounds(case, bench, folder)
     return found
 
 
-def run_rounds(
-    case: Case, chosen: list[Contestant], limits: Limits, folder: Path, *, compare: bool
-) -> dict[str, dict[str, Any]]:
+def run_rounds(case: Case, bench: Bench, folder: Path) -> dict[str, dict[str, Any]]:
     """Return contestant → its runs, or why it failed (it is not tried again), and how far its merge is off."""
-    from bench.reference import compare as compare_merges
-
-    base, adapter, scratch = folder / "base", folder / "adapter", folder / "scratch"
-    out = scratch / "out"
-    results: dict[str, dict[str, Any]] = {one.name: {"runs": []} for one in chosen}
-    for turn in range(case.rounds):
-        for one in chosen:
+    results: dict[str, dict[str, Any]] = {one.name: {"runs": []} for one in bench.chosen}
+    for turn in range(max(case.rounds, case.peer_rounds)):
+        for one in bench.chosen:
             result = results[one.name]
-            if "failure" in result:
+            if "failure" in result or turn >= (case.rounds if one.every_round else case.peer_rounds):
                 continue
-            scratch.mkdir()
-            warm(base, adapter)
-            found = measure(
-                one.arguments(base, out, adapter),
-                folder=scratch,
-                limits=limits,
-                environment=one.environment(scratch),
-            )
-            if isinstance(found, Run) and compare and one.merges and turn == 0:
-                result["difference"] = asdict(compare_merges(base, folder / "reference", out))
-            note(result, found)
-            shutil.rmtree(scratch)
+            if time.monotonic() > bench.until:
+                if not result["runs"]:
+                    result["failure"] = "did not run: the time for the whole benchmark was up"
+                continue
+            found = run_once(one, result, bench, folder)
             took = f"{found.wall_s:.1f} s" if isinstance(found, Run) else found.why
             print(f"round {turn + 1} of {case.rounds}: {one.name}: {took}", file=sys.stderr, flush=True)
     return results
+
+
+def run_once(one: Contestant, result: dict[str, Any], bench: Bench, folder: Path) -> Run | Failure:
+    """Run a contestant in a fresh folder of its own, and note in `result` what came of it."""
+    from bench.reference import compare
+
+    base, adapter, scratch = folder / "base", folder / "adapter", folder / "scratch"
+    out = scratch / "out"
+    scratch.mkdir()
+    warm(base, adapter)
+    command_line, environment = one.arguments(base, out, adapter), one.environment(scratch)
+    found = measure(command_line, folder=scratch, limits=bench.limits, environment=environment)
+    if isinstance(found, Run) and bench.compare and one.merges and "difference" not in result:
+        result["difference"] = asdict(compare(base, folder / "reference", out))
+    note(result, found)
+    shutil.rmtree(scratch)
+    return found
 
 
 def note(result: dict[str, Any], found: Run | Failure) -> None:
@@ -190,6 +218,7 @@ def command(arguments: argparse.Namespace) -> str:
     else:
         what = ["--size-gb", f"{arguments.size_gb:g}", "--rounds", str(arguments.rounds or 3)]
         what += ["--targets", arguments.targets] if arguments.targets != "all" else []
+    what += ["--minutes", f"{arguments.minutes:g}"] if arguments.minutes != float("inf") else []
     what += ["--r", str(arguments.r)] if arguments.r != 16 else []
     only = [word for name in arguments.only for word in ("--only", shlex.quote(name))]
     return " ".join(["python -m bench.merge", *what, *only, "--write docs/benchmarks.md"])

@@ -14,8 +14,8 @@ from bench.peers import PEERS, PLOT, python_of
 BEGIN, END = "<!-- bench: merge -->", "<!-- end bench -->"
 PLOT_PROGRAM = Path(__file__).resolve().parent / "plot.py"
 HEAD = (
-    "| | wall s | min–max | after imports s | CPU s | peak anonymous MB | peak resident MB | read GB | written GB "
-    "| elements that differ |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+    "| | runs | wall s | min–max | after imports s | CPU s | peak anonymous MB | peak resident MB | read GB "
+    "| written GB | elements that differ |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
 )
 
 
@@ -47,7 +47,7 @@ def _page(document: dict[str, Any], raw: str, plot: str) -> str:
     parts = [
         f"```\n{document['command']}\n```",
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB of memory, Linux {machine['kernel']}, "
-        f"Python {machine['python']}. Every run: [{raw}]({raw}).",
+        f"Python {machine['python']}; commit {machine['commit']}. Every run: [{raw}]({raw}).",
         f"![Wall time and peak resident memory against the size of the base]({plot})",
         "### Ratios",
         ratios(document),
@@ -62,8 +62,8 @@ def ratios(document: dict[str, Any]) -> str:
     """Return the targets beside what was reached, one row for each case."""
     lines = [
         "| base | ours ÷ copy and sha256, both after imports | PEFT ÷ ours, end to end | fastest other peer ÷ ours "
-        "| leanest peer ÷ ours, resident | ours, peak resident MB |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| leanest peer ÷ ours, resident | ours, peak resident MB | ours, imports and plan s |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for case in document["cases"]:
         results = case["results"]
@@ -77,15 +77,15 @@ def ratios(document: dict[str, Any]) -> str:
         )
         figures = (_ratio(after, copy), _ratio(peft, ours), _ratio(fastest, ours), _ratio(leanest, resident))
         megabytes = f"{resident / 1e6:.0f}" if resident else "-"
-        lines.append(f"| {_title(case)} | {' | '.join(figures)} | {megabytes} |")
+        lines.append(f"| {_title(case)} | {' | '.join(figures)} | {megabytes} | {_start_up(results)} |")
     return "\n".join(lines)
 
 
 def _case(case: dict[str, Any]) -> str:
-    lines = [f"### {_title(case)}, {_count(case['shards'], 'shard')}, {_count(case['rounds'], 'round')}\n", HEAD]
+    lines = [f"### {_title(case)}, {_count(case['shards'], 'shard')}\n", HEAD]
     for name, result in case["results"].items():
         if result.get("failure") or not result["runs"]:
-            lines.append(f"| {name} | {result.get('failure', 'did not run')} | | | | | | | | |")
+            lines.append(f"| {name} | {result.get('failure', 'did not run')} | | | | | | | | | |")
         else:
             lines.append(_row(name, result))
     return "\n".join(lines)
@@ -106,7 +106,7 @@ def _row(name: str, result: dict[str, Any]) -> str:
     afters = [run["after_imports_s"] for run in runs if run["after_imports_s"] is not None]
     shown = f"**{name}**" if name == OURS else name
     return (
-        f"| {shown} | {statistics.median(walls):.2f} | {min(walls):.2f}–{max(walls):.2f} "
+        f"| {shown} | {len(runs)} | {statistics.median(walls):.2f} | {min(walls):.2f}–{max(walls):.2f} "
         f"| {f'{statistics.median(afters):.2f}' if afters else '-'} "
         f"| {statistics.median(run['cpu_s'] for run in runs):.1f} "
         f"| {max(run['anonymous_bytes'] for run in runs) / 1e6:.0f} "
@@ -147,6 +147,13 @@ def _versions(machine: dict[str, Any]) -> str:
 
 def _list(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _start_up(results: dict[str, Any]) -> str:
+    """Return how long ours takes until it reads the first weight."""
+    runs = [run for run in results.get(OURS, {"runs": []})["runs"] if run["plan_s"] is not None]
+    seconds = [run["wall_s"] - run["after_imports_s"] + run["plan_s"] for run in runs]
+    return f"{statistics.median(seconds):.1f}" if seconds else "-"
 
 
 def _median(results: dict[str, Any], name: str, figure: str) -> float | None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.contestants import OURS, PEFT, Contestant, contestants
 from bench.measure import Limits
-from bench.merge import Case, run_case
+from bench.merge import Bench, Case, run_case
 from bench.reference import compare, write_reference
 from bench.report import BEGIN, END, ratios, tables, write_page
 from bench.synthetic import ALL_LINEAR, shape_for, write_adapter, write_base
@@ -29,15 +29,15 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     fails = "print('{\"after_imports_s\": 0.001}'); raise SystemExit(3)"
     chosen = [one for one in contestants() if one.name in ("cp", OURS, PEFT)]
     chosen.append(Contestant(name="broken", command=(sys.executable, "-c", fails)))
-    case = Case(size_gb=SIZE_BYTES / 1e9, rounds=1)
-    found = run_case(case, chosen, LIMITS, tmp_path_factory.mktemp("bench"), compare=True)
+    case = Case(size_gb=SIZE_BYTES / 1e9, rounds=1, peer_rounds=1)
+    found = run_case(case, Bench(chosen=chosen, limits=LIMITS), tmp_path_factory.mktemp("bench"))
     document = {"command": "python -m bench.merge", "machine": MACHINE, "cases": [found]}
     again: dict[str, Any] = json.loads(json.dumps(document))
     return again
 
 
 MACHINE = {
-    "cpu": "a processor", "cores": 2, "memory_gb": 24.0, "kernel": "6.1", "python": "3.11.7",
+    "cpu": "a processor", "cores": 2, "memory_gb": 24.0, "kernel": "6.1", "commit": "0123abc", "python": "3.11.7",
     "versions": {"torch": "2.13.0"}, "peers": {"mergekit": {"mergekit": "0.1.5"}},
 }  # fmt: skip
 
@@ -59,7 +59,7 @@ def test_one_that_fails_is_reported_as_such_and_not_as_a_time(measured: dict[str
 
     assert broken["runs"] == []
     assert broken["failure"] == "exit code 3"
-    assert row == "| broken | exit code 3 | | | | | | | | |"
+    assert row == "| broken | exit code 3 | | | | | | | | | |"
 
 
 def test_ratios_compare_within_one_case(measured: dict[str, Any]) -> None:
@@ -163,3 +163,22 @@ def test_a_base_has_about_the_size_that_was_asked_for(size_gb: float) -> None:
 
 def test_every_linear_layer_has_a_name_that_an_adapter_can_target() -> None:
     assert {name.rpartition(".")[2] for name in shape_for(SIZE_BYTES).linear} == set(ALL_LINEAR)
+
+
+def test_when_the_time_is_up_nobody_else_is_started(tmp_path: Path) -> None:
+    copy = next(one for one in contestants() if one.name == "cp")
+    case = Case(size_gb=SIZE_BYTES / 1e9, rounds=1, peer_rounds=1)
+
+    found = run_case(case, Bench(chosen=[copy], limits=LIMITS, until=0.0, compare=False), tmp_path)
+
+    assert found["results"]["cp"]["runs"] == []
+    assert found["results"]["cp"]["failure"].startswith("did not run")
+
+
+def test_peers_may_run_in_fewer_rounds(tmp_path: Path) -> None:
+    chosen = [one for one in contestants() if one.name in ("cp", "cp, then sha256sum")]
+    case = Case(size_gb=SIZE_BYTES / 1e9, rounds=2, peer_rounds=1)
+
+    found = run_case(case, Bench(chosen=chosen, limits=LIMITS, compare=False), tmp_path)
+
+    assert [len(result["runs"]) for result in found["results"].values()] == [2, 1]
