@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 from runner.checkpoint.digests import FileDigest, MergedCheckpoint
-from runner.checkpoint.layout import INDEX_FILE, TensorInfo
+from runner.checkpoint.layout import INDEX_FILE
 from runner.checkpoint.reader import TORCH_DTYPES, Reader, tensor_bytes
 from runner.checkpoint.writer import BUFFER_BYTES, ShardWriter
 from runner.companions import copy_companion
 from runner.errors import NotEnoughDisk, RunnerError
 from runner.experts import Panel, Stack, agrees, panels, stack_of
-from runner.fast import LinearMerger, check_range, is_fast, linear_panel
+from runner.fast import MIN_ROWS, LinearMerger, check_range, is_fast, linear_panel
 from runner.plan import Action, Plan, ShardPlan, TensorPlan
 from runner.prepare import Prepared
 from runner.resume import Standing, take_up
@@ -86,7 +86,7 @@ class _Job:
         self._on_progress = on_progress
         self._unit_merger = UnitMerger(prepared.attached, prepared.units, reader)
         widest = max((row_bytes(tensor) for shard in self._shards for tensor in shard.tensors), default=0)
-        self._block_bytes = max(BUFFER_BYTES, 3 * widest)  # `row_blocks` needs three rows
+        self._block_bytes = max(BUFFER_BYTES, MIN_ROWS * widest)
         self._linear_merger = LinearMerger(reader, self._block_bytes)
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
         self._uses = _count_uses(self._shards)
@@ -162,7 +162,8 @@ class _Job:
             else:
                 self._write_unit(tensor, writer)
         elif tensor.action is Action.COPY:
-            self._copy(tensor.source, writer)
+            source = tensor.source
+            writer.copy(self._reader.lend(source), source.start, source.size_bytes)
         else:
             self._cast(tensor, writer)
 
@@ -193,14 +194,6 @@ class _Job:
         if rounded.dtype is torch.float16:
             check_range(rounded, exact, tensor.name)
         writer.put(tensor_bytes(rounded))
-
-    def _copy(self, source: TensorInfo, writer: ShardWriter) -> None:
-        for first in range(0, source.size_bytes, self._block_bytes):
-            count = min(self._block_bytes, source.size_bytes - first)
-            buffer = writer.borrow()
-            view = tensor_bytes(buffer.raw[:count])
-            self._reader.read_into(view, source, first)
-            writer.put(view, buffer)
 
     def _cast(self, tensor: TensorPlan, writer: ShardWriter) -> None:
         stored = self._reader.read(tensor.source)

@@ -66,6 +66,11 @@ class Reader:
             position += count
         self.read_bytes += len(view)
 
+    def lend(self, tensor: TensorInfo) -> int:
+        """Return a descriptor of the tensor's file, for somebody else to read the tensor; it stays open as we do."""
+        self.read_bytes += tensor.size_bytes
+        return self._descriptor(tensor.file)
+
     def read(self, tensor: TensorInfo) -> torch.Tensor:
         """Return the tensor, freshly allocated, in its stored dtype and shape."""
         raw = torch.empty(tensor.size_bytes, dtype=torch.uint8)

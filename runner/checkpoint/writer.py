@@ -1,7 +1,9 @@
 """One shard after another, header first; written by one thread while another takes the digest.
 
 The producer borrows a buffer, fills it and gives it up; it returns to the ring when both threads are done with
-it. So memory is bounded by the ring, and no byte is read a second time for its digest.
+it. So memory is bounded by the ring, and no byte is read a second time for its digest. Bytes that stay as they are
+never enter the ring: the kernel moves them from file to file (and shares them where the file system can), while the
+other thread reads them for the digest.
 Finished shards appear under their names by rename; a run that dies leaves only `*.part`.
 
 Source: the ring and the two threads follow the measurements in docs/decisions (fresh buffers cost page faults;
@@ -24,11 +26,14 @@ from typing import Self
 import torch
 
 from runner.checkpoint.digests import FileDigest
-from runner.errors import NotEnoughDisk, ResourceError, RunnerError
+from runner.errors import BrokenCheckpoint, NotEnoughDisk, ResourceError, RunnerError
 
 BUFFER_BYTES = 1 << 20  # a block and its float32 sum stay in the cache: measured twice as fast as 4 MiB
 BUFFERS = 24
+RANGE_BYTES = 8 << 20  # the kernel copies this much before the digest may look at it: it is in the page cache then
 _QUEUE_LENGTH = 64
+# The kernel cannot copy between these two files: other file systems, an old kernel, a file of a special kind.
+_NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
 
 @dataclass(eq=False, slots=True)
@@ -45,6 +50,15 @@ class _Chunk:
     buffer: Buffer | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """Bytes [start, start + size_bytes) of an open file."""
+
+    descriptor: int
+    start: int
+    size_bytes: int
+
+
 class ShardWriter:
     """Writes the shards of one folder. Use as a context manager; leaving it early removes what is not finished."""
 
@@ -59,6 +73,8 @@ class ShardWriter:
         self._name = ""
         self._size_bytes = 0
         self._hash = hashlib.sha256()
+        self._has_kernel_copy = True
+        self._window = memoryview(bytearray(BUFFER_BYTES))
         self._write = _Stage("write", self._write_chunk, self._release)
         self._digest = _Stage("sha256", self._digest_chunk, self._release)
 
@@ -116,6 +132,19 @@ class ShardWriter:
         self._write.put(chunk)
         self._digest.put(chunk)
 
+    def copy(self, descriptor: int, start: int, size_bytes: int) -> None:
+        """Append `size_bytes` bytes of an open file from `start` on; it must stay open until `finish`.
+
+        Raises:
+            RunnerError: what a thread met before.
+        """
+        for first in range(0, size_bytes, RANGE_BYTES):
+            self._raise_failure()
+            piece = _Range(descriptor, start + first, min(RANGE_BYTES, size_bytes - first))
+            self._size_bytes += piece.size_bytes
+            self._write.put(piece)
+            self._digest.put(piece)
+
     def finish(self) -> FileDigest:
         """Wait for both threads, give the file its name, and return what is in it."""
         self._write.drain()
@@ -126,19 +155,55 @@ class ShardWriter:
         self._part.replace(self._root / self._name)
         return FileDigest(path=self._name, size_bytes=self._size_bytes, sha256=self._hash.hexdigest())
 
-    def _write_chunk(self, chunk: _Chunk) -> None:
-        left = chunk.view
+    def _write_chunk(self, chunk: _Chunk | _Range) -> None:
         try:
-            while len(left):
-                left = left[os.write(self._descriptor, left) :]
+            if isinstance(chunk, _Range):
+                self._copy_range(chunk)
+            else:
+                self._write_bytes(chunk.view)
         except OSError as error:
             raise _disk_error(self._name, error) from error
 
-    def _digest_chunk(self, chunk: _Chunk) -> None:
-        self._hash.update(chunk.view)
+    def _write_bytes(self, left: memoryview) -> None:
+        while len(left):
+            left = left[os.write(self._descriptor, left) :]
 
-    def _release(self, chunk: _Chunk) -> None:
-        if chunk.buffer is None:
+    def _copy_range(self, piece: _Range) -> None:
+        position, left = piece.start, piece.size_bytes
+        while left and self._has_kernel_copy:
+            try:
+                count = os.copy_file_range(piece.descriptor, self._descriptor, left, position)
+            except OSError as error:
+                if error.errno not in _NO_KERNEL_COPY:
+                    raise
+                count = 0
+            if count == 0:  # refused, or (some file systems) nothing done and no error: read and write instead
+                self._has_kernel_copy = False
+            position += count
+            left -= count
+        while left:
+            block = os.pread(piece.descriptor, min(left, BUFFER_BYTES), position)
+            if not block:
+                raise _shrunk(self._name, position)
+            self._write_bytes(memoryview(block))
+            position += len(block)
+            left -= len(block)
+
+    def _digest_chunk(self, chunk: _Chunk | _Range) -> None:
+        if isinstance(chunk, _Chunk):
+            self._hash.update(chunk.view)
+            return
+        position, left = chunk.start, chunk.size_bytes
+        while left:
+            count = os.preadv(chunk.descriptor, [self._window[: min(left, BUFFER_BYTES)]], position)
+            if count == 0:
+                raise _shrunk(self._name, position)
+            self._hash.update(self._window[:count])
+            position += count
+            left -= count
+
+    def _release(self, chunk: _Chunk | _Range) -> None:
+        if isinstance(chunk, _Range) or chunk.buffer is None:
             return
         with self._lock:
             chunk.buffer.readers -= 1
@@ -155,8 +220,10 @@ class ShardWriter:
 class _Stage:
     """A thread that works through chunks in order; after a failure it only releases them."""
 
-    def __init__(self, name: str, work: Callable[[_Chunk], None], release: Callable[[_Chunk], None]) -> None:
-        self._queue: queue.Queue[_Chunk | None] = queue.Queue(_QUEUE_LENGTH)
+    def __init__(
+        self, name: str, work: Callable[[_Chunk | _Range], None], release: Callable[[_Chunk | _Range], None]
+    ) -> None:
+        self._queue: queue.Queue[_Chunk | _Range | None] = queue.Queue(_QUEUE_LENGTH)
         self._work = work
         self._release = release
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -165,7 +232,7 @@ class _Stage:
     def start(self) -> None:
         self._thread.start()
 
-    def put(self, chunk: _Chunk) -> None:
+    def put(self, chunk: _Chunk | _Range) -> None:
         self._queue.put(chunk)
 
     def drain(self) -> None:
@@ -185,6 +252,14 @@ class _Stage:
             finally:
                 self._release(chunk)
                 self._queue.task_done()
+
+
+def _shrunk(name: str, position: int) -> BrokenCheckpoint:
+    return BrokenCheckpoint(
+        f"The base's file for {name} ends at byte {position}.",
+        why="The file shrank while it was read.",
+        fix="Download the base again, into a folder that nothing else writes to.",
+    )
 
 
 def _disk_error(name: str, error: OSError) -> RunnerError:

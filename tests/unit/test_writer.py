@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -69,3 +72,60 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> Non
 
     with Reader(checkpoint) as reader, pytest.raises(BrokenCheckpoint, match="inside 'w'"):
         reader.read(checkpoint.tensors["w"])
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[int]:
+    """Return a descriptor of a file of 20 MB, so that a copy takes several ranges."""
+    (tmp_path / "source").write_bytes(bytes(range(250)) * 80_000)
+    descriptor = os.open(tmp_path / "source", os.O_RDONLY)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("refusal", [None, errno.EXDEV, errno.ENOSYS, errno.EINVAL])
+def test_copied_ranges_are_written_and_digested_where_they_belong(
+    tmp_path: Path, source: int, monkeypatch: pytest.MonkeyPatch, refusal: int | None
+) -> None:
+    copied = []
+
+    def copy(*arguments: int) -> int:
+        if refusal is not None:
+            raise OSError(refusal, "refused")
+        copied.append(kernel_copy(*arguments))
+        return copied[-1]
+
+    kernel_copy = os.copy_file_range
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    with ShardWriter(tmp_path) as writer:
+        writer.begin("x.safetensors", b"header", 6 + 19_000_000 + 4 + 7)
+        writer.copy(source, 500_001, 19_000_000)
+        writer.put(memoryview(b"sums"))
+        writer.copy(source, 3, 7)
+        digest = writer.finish()
+
+    whole = os.pread(source, 20_000_000, 0)
+    content = (tmp_path / "x.safetensors").read_bytes()
+    assert content == b"header" + whole[500_001:19_500_001] + b"sums" + whole[3:10]
+    assert digest.sha256 == hashlib.sha256(content).hexdigest()
+    assert sum(copied) == (19_000_007 if refusal is None else 0)
+
+
+def test_a_source_that_ends_early_is_an_error(tmp_path: Path, source: int) -> None:
+    with ShardWriter(tmp_path) as writer:
+        writer.begin("x.safetensors", b"", 200)
+        writer.copy(source, 19_999_900, 200)
+        with pytest.raises(BrokenCheckpoint, match="ends at byte 20000000"):
+            writer.finish()
+
+
+def test_a_full_disk_is_told_of_a_kernel_copy_too(tmp_path: Path, source: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    with ShardWriter(tmp_path) as writer:
+        writer.begin("x.safetensors", b"", 200)
+        writer.copy(source, 0, 200)
+        with pytest.raises(NotEnoughDisk, match="disk is full"):
+            writer.finish()

@@ -1,0 +1,38 @@
+"""Blocks of rows have the bits of the whole matrix, wherever the cuts fall."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig
+
+from runner.fast import MIN_ROWS, SUM_BYTES, row_blocks
+from tests.parity import models, oracle
+from tests.parity.pipeline import run_merge
+
+
+@pytest.mark.parametrize("step", [MIN_ROWS, 4, 64])
+def test_spans_cover_all_rows_and_leave_none_alone(step: int) -> None:
+    for rows in range(2, 4 * step + 2):
+        spans = list(row_blocks(rows, step))
+
+        assert [row for first, last in spans for row in range(first, last)] == list(range(rows))
+        assert all(2 <= last - first <= step for first, last in spans)
+    assert list(row_blocks(1, step)) == [(0, 1)]
+
+
+def test_a_matrix_that_would_end_in_a_single_row_has_the_bits_of_peft(tmp_path: Path) -> None:
+    rows = SUM_BYTES // (2 * 48) + 1
+    config = transformers.LlamaConfig(**{**models.LLAMA_CONFIG, "vocab_size": rows, "tie_word_embeddings": False})
+    torch.manual_seed(1)
+    base = models.save_base(transformers.LlamaForCausalLM(config), tmp_path / "base", dtype=torch.bfloat16)
+    lora = LoraConfig(r=16, lora_alpha=24, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    adapter = models.save_adapter(base, tmp_path / "adapter", lora)
+
+    _, merged = run_merge(base, adapter, tmp_path / "merged", dtype="float32")
+
+    expected = oracle.peft_merge(base, adapter)["lm_head.weight"]
+    assert torch.equal(oracle.read_folder(merged.root)["lm_head.weight"], expected)
