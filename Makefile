@@ -80,11 +80,13 @@ check-shell: $(READY)
 
 check-tables: $(READY)
 	$(BIN)/python -m tools.tables --check
+	$(BIN)/python -m tools.coverage --check
 
-fix: $(READY) ## format, repair what ruff can, rewrite the README's tables
+fix: $(READY) ## format, repair what ruff can, rewrite the generated tables
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/python -m tools.tables
+	$(BIN)/python -m tools.coverage
 
 UV_LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 	--fork-strategy fewest --override requirements-override.in

@@ -18,40 +18,13 @@ from typing import Any
 
 from runner.checkpoint.layout import TensorFile, TensorInfo, read_tensor_file
 from runner.errors import BrokenAdapter, BrokenCheckpoint, UnsupportedAdapter
+from runner.methods import find_refusal
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 10_000_000
 SCAN_BYTES = 4 << 20
 
-MERGEABLE = frozenset(
-    """LORA ADALORA LOHA LOKR IA3 OFT BOFT VERA PVERA FOURIERFT WAVEFT HRA VBLORA UNILORA MISS RANDLORA ROAD HIRA
-    SHIRA C3A OSF DELORA GRALORA TINYLORA PSOFT PEANUT SUPERTUNING DEFT FROD GLORA BEFT ADAMSS LN_TUNING
-    TRAINABLE_TOKENS""".split()
-)
-NOT_MERGEABLE: Mapping[str, str] = MappingProxyType(
-    {
-        **dict.fromkeys(
-            ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"),
-            "it learns a prompt or a cache, not a change of weights",
-        ),
-        "ADAPTION_PROMPT": "it adds prompts and gates inside the attention, not a change of weights",
-        "XLORA": "its mixture depends on the input, so that no fixed weight equals it",
-        "POLY": "its mixture depends on the task, and PEFT has no merge for it",
-        "LILY": "PEFT has no merge for it",
-        "SHADOW": "PEFT has no merge for it",
-    }
-)
-# A field of adapter_config.json whose use makes the result depend on the input, or on code that is not here.
-REFUSED_FIELDS: Mapping[str, str] = MappingProxyType(
-    {
-        "layer_replication": "the model would have more layers than the base, and PEFT does not merge that",
-        "alora_invocation_tokens": "it acts only after its invocation tokens, so that no fixed weight equals it",
-        "arrow_config": "the router picks adapters by the input, so that no fixed weight equals it",
-        "megatron_config": "it needs Megatron layers, which a transformers checkpoint does not have",
-        "lora_B_layout": "its expert tensors are packed in another order than PEFT reads",
-    }
-)
 _EXPONENT = MappingProxyType({"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)})
 
 
@@ -90,8 +63,7 @@ def read_adapter(root: Path) -> Adapter:
     """
     config = _read_config(root)
     peft_type = str(config.get("peft_type") or "")
-    _check_method(peft_type)
-    _check_fields(config)
+    _check_method(config)
     file = _read_weights(root)
     _check_finite(root, file)
     base_model = config.get("base_model_name_or_path")
@@ -125,25 +97,14 @@ def _read_config(root: Path) -> dict[str, Any]:
     return config
 
 
-def _check_method(peft_type: str) -> None:
-    if peft_type in MERGEABLE:
-        return
-    reason = NOT_MERGEABLE.get(peft_type, "this version knows no such method")
-    raise UnsupportedAdapter(
-        f"The adapter is of type {peft_type[:80] or 'unknown'!r}, which cannot be merged.",
-        why=f"Of this method, {reason}." if peft_type in NOT_MERGEABLE else f"The PEFT in this image: {reason}.",
-        fix="Release the adapter as an adapter, or train one of a method that changes weights, such as LoRA.",
-    )
-
-
-def _check_fields(config: Mapping[str, Any]) -> None:
-    for field, reason in REFUSED_FIELDS.items():
-        if config.get(field):
-            raise UnsupportedAdapter(
-                f"{CONFIG_FILE} sets `{field}`.",
-                why=f"With it, {reason}.",
-                fix="Train the adapter without it, or release the adapter unmerged.",
-            )
+def _check_method(config: Mapping[str, Any]) -> None:
+    refusal = find_refusal(config)
+    if refusal is not None:
+        raise UnsupportedAdapter(
+            f"The adapter {refusal.subject}, which cannot be merged.",
+            why=f"{refusal.reason[0].upper()}{refusal.reason[1:]}.",
+            fix="Release the adapter as an adapter, or train one of a method that changes weights, such as plain LoRA.",
+        )
 
 
 def _read_weights(root: Path) -> TensorFile:

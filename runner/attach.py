@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import peft
 import torch
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
@@ -31,7 +32,7 @@ from runner.combination import Combination
 from runner.combined import combine
 from runner.errors import AdapterMismatch, UnsupportedAdapter
 from runner.forms import first_line
-from runner.methods import LAZY_LORA_INITS, LAZY_METHODS, TASK_CLASSES
+from runner.methods import TASK_CLASSES, reads_base
 from runner.placed import is_repeated, repeats, replaced, untrained, widen
 
 ADAPTER_NAME = "default"
@@ -92,7 +93,7 @@ def attach(checkpoint: Checkpoint, *adapters: Adapter, combination: Combination 
     """
     adapter = adapters[0]
     config = _peft_config(adapter)
-    is_lazy = adapter.peft_type in LAZY_METHODS and _init(adapter) in LAZY_LORA_INITS
+    is_lazy = not any(reads_base(part.config) for part in adapters)
     base = open_base(checkpoint, adapter, in_memory=not is_lazy)
     model = base.model
     parameters = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
@@ -151,11 +152,6 @@ def _peft_config(adapter: Adapter) -> PeftConfig:
     return config
 
 
-def _init(adapter: Adapter) -> Any:
-    init = adapter.config.get("init_lora_weights", True)
-    return init if isinstance(init, bool) or init is None else str(init)
-
-
 def _wrap_several(model: PreTrainedModel, adapters: Sequence[Adapter]) -> PeftModel:
     """Return all adapters on the model, each loaded as strictly as one alone."""
     names = [f"part_{number}" for number in range(1, len(adapters) + 1)]
@@ -183,7 +179,7 @@ def _wrap(model: PreTrainedModel | PeftModel, config: PeftConfig, adapter: Adapt
                 wrapped = model
                 wrapped.add_adapter(name, config, autocast_adapter_dtype=True, low_cpu_mem_usage=False)
             else:
-                wrapped = TASK_CLASSES[adapter.task_type](
+                wrapped = getattr(peft, TASK_CLASSES[adapter.task_type])(
                     model, config, name, autocast_adapter_dtype=True, low_cpu_mem_usage=False
                 )
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, NotImplementedError, ImportError) as error:

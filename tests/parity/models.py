@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -72,7 +73,7 @@ def save_adapter(
     architecture = json.loads((base / "config.json").read_text())["architectures"][0]
     model = getattr(transformers, architecture).from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(seed)
-    peft_model = get_peft_model(model, config)
+    peft_model = get_peft_model(model, copy.deepcopy(config))  # PEFT writes into it, and case tables share it
     with torch.no_grad():
         for parameter in peft_model.parameters():
             if parameter.requires_grad:

@@ -49,10 +49,10 @@ def saved_merge(base: Path, adapter: Path, folder: Path) -> dict[str, torch.Tens
     return read_folder(folder)
 
 
-def load(folder: Path) -> PreTrainedModel:
-    """Return the model of the class that config.json names, in float32."""
+def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Return the model of the class that config.json names, in `dtype`."""
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    model: PreTrainedModel = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32)
+    model: PreTrainedModel = getattr(transformers, name).from_pretrained(folder, dtype=dtype)
     return model
 
 
