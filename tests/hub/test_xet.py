@@ -197,3 +197,26 @@ def test_the_storage_outlives_a_restart(hub: LocalHub, alice: HfApi, repo: str, 
         assert _fetched(again, api, "a.safetensors") == NOISE
         commit_files(api, {"b.safetensors": NOISE})
         assert _sent_bytes(again) == 0
+
+
+@pytest.mark.parametrize("endpoint", ["xet-put", "xet-shard"])
+def test_a_token_of_the_storage_that_ends_too_early_is_not_renewed_until_the_next_call(
+    hub: LocalHub, alice: HfApi, repo: str, endpoint: str
+) -> None:
+    hub.fail(endpoint, Kind.EXPIRED)
+    with pytest.raises(ConnectionError, match="401"):
+        commit_files(alice, {"a.safetensors": NOISE})
+    commit_files(alice, {"a.safetensors": NOISE})
+    assert _calls(hub, "xet-write-token") == 2
+
+
+def test_the_client_renews_a_token_of_the_storage_by_the_time_that_it_was_told(
+    tmp_path: Path, fresh_client: FRESH
+) -> None:
+    # hf_xet asks for a new one when less than half a minute is left, so here for every call.
+    with LocalHub.start(tmp_path / "other", limits=Limits(xet_token_s=5)) as hub:
+        hub.add_user("alice")
+        api = HfApi(endpoint=hub.endpoint, token=hub.add_token("alice"))
+        api.create_repo(REPO)
+        commit_files(api, {"a.safetensors": NOISE})
+        assert _calls(hub, "xet-write-token") > 1

@@ -103,16 +103,21 @@ def _append_block(block: bytes, out: bytearray) -> None:
     at, end = 0, len(block)
     while True:
         token = block[at]
-        literals, at = _length(block, at + 1, token >> 4)
+        at += 1
+        literals, matched = token >> 4, token & 15
+        if literals == 15:
+            literals, at = _longer(block, at)
         out += block[at : at + literals]
         at += literals
         if at >= end:
             return
         offset = block[at] | block[at + 1] << 8
-        matched, at = _length(block, at + 2, token & 15)
+        at += 2
+        if matched == 15:
+            matched, at = _longer(block, at)
         matched += 4
         start = len(out) - offset
-        if offset == 0 or start < 0 or len(out) > _MAX_CHUNK_BYTES:
+        if offset == 0 or start < 0 or start > _MAX_CHUNK_BYTES:
             raise ValueError("an LZ4 block refers to what is not there")
         if offset >= matched:
             out += out[start : start + matched]
@@ -120,12 +125,10 @@ def _append_block(block: bytes, out: bytearray) -> None:
             out += (out[start:] * (matched // offset + 1))[:matched]
 
 
-def _length(block: bytes, at: int, nibble: int) -> tuple[int, int]:
-    length = nibble
-    if nibble == 15:
-        while (more := block[at]) == 255:
-            length += 255
-            at += 1
-        length += more
+def _longer(block: bytes, at: int) -> tuple[int, int]:
+    """Return a length that did not fit its four bits, and where the next byte is."""
+    length = 15
+    while (more := block[at]) == 255:
+        length += 255
         at += 1
-    return length, at
+    return length + more, at + 1
