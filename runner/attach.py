@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from runner.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
-from runner.base_model import open_base
+from runner.adapter_names import Naming, name_adapter
+from runner.base_model import Base, open_base
 from runner.checkpoint.conversion import Conversion
 from runner.checkpoint.layout import Checkpoint
 from runner.checkpoint.names import StoredNames
@@ -33,7 +34,7 @@ from runner.combined import combine
 from runner.errors import AdapterMismatch, UnsupportedAdapter
 from runner.forms import first_line
 from runner.methods import TASK_CLASSES, reads_base
-from runner.placed import is_repeated, repeats, replaced, untrained, widen
+from runner.placed import check_copies, is_repeated, repeats, replaced, untrained, widen
 
 ADAPTER_NAME = "default"
 
@@ -92,17 +93,17 @@ def attach(checkpoint: Checkpoint, *adapters: Adapter, combination: Combination 
         UnsupportedCheckpoint: a base that this version cannot merge exactly.
     """
     adapter = adapters[0]
-    config = _peft_config(adapter)
     is_lazy = not any(reads_base(part.config) for part in adapters)
     base = open_base(checkpoint, adapter, in_memory=not is_lazy)
     model = base.model
     parameters = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     before = {key: (tensor.data_ptr(), tensor._version) for key, tensor in parameters.items()}
+    namings = [name_adapter(model, one.config, one.tensors) for one in adapters]
     if combination is None:
-        peft_model = _wrap(model, config, adapter, ADAPTER_NAME)
-        placed = _load(peft_model, adapter, ADAPTER_NAME)
+        peft_model = _wrap(model, _peft_config(adapter, namings[0]), adapter, ADAPTER_NAME)
+        placed = _load(peft_model, adapter, ADAPTER_NAME, namings[0].names, _unknown(base))
     else:
-        peft_model = _wrap_several(model, adapters)
+        peft_model = _wrap_several(model, adapters, namings)
         combine(peft_model, combination, into=ADAPTER_NAME)
         placed = {}
     if left := untrained(base.own, placed, ADAPTER_NAME):
@@ -119,12 +120,18 @@ def attach(checkpoint: Checkpoint, *adapters: Adapter, combination: Combination 
         own=base.own,
         replaced={**base.padded, **replaced(parameters, before, peft_model, placed)},
         config_edits=base.config_edits,
-        notes=base.notes,
+        notes=(*base.notes, *(note for naming in namings for note in naming.notes)),
         is_lazy=is_lazy,
     )
 
 
-def _peft_config(adapter: Adapter) -> PeftConfig:
+def _unknown(base: Base) -> set[str]:
+    """Return the keys whose values the base does not have, through ties."""
+    keys = {*base.own, *base.padded}
+    return keys | {key for pair in base.ties.items() if keys & set(pair) for key in pair}
+
+
+def _peft_config(adapter: Adapter, naming: Naming) -> PeftConfig:
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[adapter.peft_type]
     known = {field.name for field in dataclasses.fields(config_class)} | {"task_type", "peft_version"}
     unknown = sorted(key for key, value in adapter.config.items() if key not in known and value)
@@ -149,16 +156,18 @@ def _peft_config(adapter: Adapter) -> PeftConfig:
             fix="Save the adapter again with the PEFT version that trained it.",
         ) from error
     config.inference_mode = True
+    for field, value in naming.config.items():
+        setattr(config, field, set(value) if field == "target_modules" else value)  # as PEFT holds it
     return config
 
 
-def _wrap_several(model: PreTrainedModel, adapters: Sequence[Adapter]) -> PeftModel:
+def _wrap_several(model: PreTrainedModel, adapters: Sequence[Adapter], namings: Sequence[Naming]) -> PeftModel:
     """Return all adapters on the model, each loaded as strictly as one alone."""
     names = [f"part_{number}" for number in range(1, len(adapters) + 1)]
     peft_model: PeftModel | None = None
-    for name, adapter in zip(names, adapters, strict=True):
-        peft_model = _wrap(peft_model or model, _peft_config(adapter), adapter, name)
-        placed = _load(peft_model, adapter, name)
+    for name, adapter, naming in zip(names, adapters, namings, strict=True):
+        peft_model = _wrap(peft_model or model, _peft_config(adapter, naming), adapter, name)
+        placed = _load(peft_model, adapter, name, naming.names, frozenset())
         if lost := [key for key in placed if f".{name}" not in key]:
             raise UnsupportedAdapter(
                 f"The adapter {name.replace('_', ' ')} brings {lost[0]!r}, and several adapters are to be combined.",
@@ -191,17 +200,21 @@ def _wrap(model: PreTrainedModel | PeftModel, config: PeftConfig, adapter: Adapt
     return wrapped.eval()
 
 
-def _load(peft_model: PeftModel, adapter: Adapter, name: str) -> dict[str, torch.Tensor]:
+def _load(
+    peft_model: PeftModel, adapter: Adapter, name: str, names: Mapping[str, str], own: Container[str]
+) -> dict[str, torch.Tensor]:
     """Load the adapter and return what it changed: state-dict key of the PEFT model → tensor as stored.
 
-    A copy of a base tensor that only repeats the base (PEFT saves one beside an embedding's LoRA) is left out.
+    Its tensors go by `names`; the base has no values for the keys `own`. A copy of a base tensor that only repeats the
+    base (PEFT saves one beside an embedding's LoRA) is left out.
     """
     with safe_open(str(adapter.root / WEIGHTS_FILE), framework="pt", device="cpu") as handle:
-        weights = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118  (not a dict)
+        weights = {names[key]: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118  (not a dict)
     placed: dict[str, torch.Tensor] = {}
     load_state_dict = peft_model.load_state_dict
 
     def recording(state_dict: Mapping[str, torch.Tensor], strict: bool = True) -> Any:
+        check_copies(peft_model, state_dict, own)
         placed.update((key, value) for key, value in state_dict.items() if not repeats(peft_model, key, value, name))
         return load_state_dict(state_dict, strict=strict)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 from peft import PeftModel
 from torch import nn
 
+from runner.errors import AdapterMismatch
 from runner.heads import PREFIX
 
 TOKENS = ".token_adapter.trainable_tokens_delta"
+
+BELOW = ".base_layer.weight"
 
 
 def untrained(own: frozenset[str], placed: Iterable[str], name: str) -> list[str]:
@@ -39,6 +42,37 @@ def repeats(peft_model: PeftModel, key: str, tensor: torch.Tensor, name: str) ->
         and name not in key.split(".")
         and target.shape == tensor.shape
         and torch.equal(target.to(torch.float32), tensor.to(torch.float32))
+    )
+
+
+def check_copies(peft_model: PeftModel, tensors: Mapping[str, torch.Tensor], own: Container[str]) -> None:
+    """Hold every copy of a base's weight that PEFT saved below a LoRA layer against this base's.
+
+    Args:
+        peft_model: before the adapter's tensors are loaded.
+        tensors: of the adapter, by key of the PEFT model.
+        own: the base's keys whose values this base does not have.
+
+    Raises:
+        AdapterMismatch: this base has other values there.
+    """
+    for key, tensor in tensors.items():
+        path = key.removeprefix(PREFIX).removesuffix(BELOW).removesuffix(".token_adapter")
+        if not key.endswith(BELOW) or f"{path}.weight" in own:
+            continue
+        target = lookup(peft_model, key)
+        if target is not None and target.shape == tensor.shape and not _is_copy(target, tensor):
+            raise AdapterMismatch(
+                f"The adapter tensor {key!r} is a copy of its base's weight, and this base has other values there.",
+                why="The adapter was trained on another base, or on this one after its embeddings were changed.",
+                fix="Set `base-model` (and `base-revision`) to the very model that the adapter was trained on.",
+            )
+
+
+def _is_copy(base: torch.Tensor, copy: torch.Tensor) -> bool:
+    """Return whether `copy` is `base` as a training in another dtype held it."""
+    return any(
+        torch.equal(base.to(dtype).to(copy.dtype), copy) for dtype in (copy.dtype, torch.bfloat16, torch.float16)
     )
 
 

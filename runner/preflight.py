@@ -11,14 +11,14 @@ from pathlib import Path
 
 from runner import __version__
 from runner.adapter import Adapter, read_adapter
+from runner.base_identity import departures, named_base
 from runner.checkpoint.layout import read_checkpoint
 from runner.combinable import check_combinable
-from runner.errors import InputError, Problem, RunnerError
+from runner.errors import RunnerError
 from runner.hub import Hub, Snapshot, Target, connect
 from runner.inputs import Inputs, RepoRef
 from runner.provenance import AdapterOrigin, Origin, adapter_digest, base_digest
 from runner.publish import Release, find_existing
-from runner.syntax import repo_id_problem
 
 Say = Callable[[str], None]
 
@@ -39,11 +39,13 @@ class Resolved:
         adapters: on disk, in the order of the inputs.
         base_ref: the base at its commit, or a local folder.
         origin: what decides the bytes of the result.
+        notes: what the user should know, one sentence each.
     """
 
     adapters: tuple[Adapter, ...]
     base_ref: RepoRef
     origin: Origin
+    notes: tuple[str, ...]
 
     @property
     def adapter(self) -> Adapter:
@@ -81,16 +83,16 @@ def resolve(inputs: Inputs, hubs: Hubs, cache_dir: Path, say: Say) -> Resolved:
         say(f"Adapter: {_name(snapshot)}, {read.peft_type}, {len(read.tensors)} tensors.")
     if inputs.combination is not None:
         check_combinable(adapters, inputs.combination)
-    adapter = adapters[0]
-    wanted = inputs.base or _base_of(adapter, inputs.base_revision)
+    wanted = inputs.base or named_base(adapters[0], inputs.base_revision)
     base_ref = wanted if wanted.repo_id is None else replace(wanted, revision=hubs.reading.resolve(wanted))
     if base_ref.path is not None:
         read_checkpoint(base_ref.path)  # a broken folder is told before its bytes are hashed
         say("Base: a local folder; its files are hashed, because no commit names them.")
     else:
         say(f"Base: {base_ref.display}.")
-    if adapter.base_model and adapter.base_model != base_ref.repo_id:
-        say(f"The adapter says that it was trained on {adapter.base_model!r}; it is merged into {base_ref.display}.")
+    notes = departures(adapters, base_ref)
+    for note in notes:
+        say(note)
     first, *more = [_origin(snapshot) for snapshot in snapshots]
     origin = Origin(
         base_repo_id=base_ref.repo_id,
@@ -104,7 +106,7 @@ def resolve(inputs: Inputs, hubs: Hubs, cache_dir: Path, say: Say) -> Resolved:
         more_adapters=tuple(more),
         combination=inputs.combination,
     )
-    return Resolved(adapters=adapters, base_ref=base_ref, origin=origin)
+    return Resolved(adapters=adapters, base_ref=base_ref, origin=origin, notes=notes)
 
 
 def find_release(inputs: Inputs, hubs: Hubs, target: Target | None, origin: Origin) -> Release | None:
@@ -151,23 +153,6 @@ def fetch_merged(inputs: Inputs, hubs: Hubs, cache_dir: Path) -> Path:
             "There is nothing to judge.", why="`merged-path` is empty.", fix="Set `merged-path` for `mode: verify`."
         )
     return hubs.reading.snapshot(inputs.merged, kind="merged", cache_dir=cache_dir).root
-
-
-def _base_of(adapter: Adapter, revision: str | None) -> RepoRef:
-    name = adapter.base_model or ""
-    if repo_id_problem(name) is None:
-        stated = adapter.config.get("revision")
-        return RepoRef(repo_id=name, revision=revision or (stated if isinstance(stated, str) and stated else None))
-    shown = f"the adapter names {name[:120]!r}" if name else "the adapter names none"
-    raise InputError(
-        [
-            Problem(
-                what=f"`base-model` is not given, and {shown}.",
-                why="Only a repository `owner/name` on the Hub can be followed; a path means nothing on this machine.",
-                fix="Set `base-model` to the model that the adapter was trained on.",
-            )
-        ]
-    )
 
 
 def _origin(snapshot: Snapshot) -> AdapterOrigin:

@@ -24,6 +24,7 @@ class Record:
 
     inputs: Inputs | None = None
     origin: Origin | None = None
+    notes: tuple[str, ...] = ()
     plan: PlanSummary | None = None
     merged: MergedCheckpoint | None = None
     merged_digest: str | None = None

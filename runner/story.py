@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runner.card import CardFacts, make_card
@@ -63,7 +63,7 @@ class Story:
         with self._phase("preflight"):
             target = inspect_target(self.inputs, hubs)
             resolved = resolve(self.inputs, hubs, cache, self.github.info)
-            self.record.origin = resolved.origin
+            self.record.origin, self.record.notes = resolved.origin, resolved.notes
             existing = find_release(self.inputs, hubs, target, resolved.origin)
         if existing is not None:
             self._nothing_to_do(existing)
@@ -137,7 +137,7 @@ class Story:
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Planned):
-            self.record.plan = event.summary
+            self.record.plan = replace(event.summary, notes=(*self.record.notes, *event.summary.notes))
             for line in plan_lines(event.summary):
                 self.github.info(line)
         elif isinstance(event, Merged):

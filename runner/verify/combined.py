@@ -18,16 +18,18 @@ import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
-from runner.combination import Several
+from runner.combination import Combination, Several
 from runner.errors import UnsupportedAdapter
-from runner.verify.classes import empty_model
+from runner.verify.classes import empty_model, read_task
+from runner.verify.naming import as_peft_names
 from runner.verify.parts import Blocks, combine_by_peft, held_parts, load_parts
 from runner.verify.recipe import CONFIG_FILE, PREFIX, WEIGHTS_FILE, LowRank, Recipe, read_recipe
 from runner.verify.tensors import read_tensor
@@ -64,13 +66,20 @@ def as_one(adapter: Path | Several, base: Path) -> Iterator[One]:
         AdapterMismatch: PEFT cannot put an adapter on the base, or cannot combine them.
         UnsupportedAdapter: an adapter holds more than low-rank factors, which no combination keeps.
     """
-    if not isinstance(adapter, Several):
-        yield One(root=adapter, checks=())
-        return
-    wanted = adapter.combination
-    model = empty_model(base)
-    recipes = [_read(path, list(model.state_dict())) for path in adapter.paths]
-    peft_model = load_parts(model, adapter.paths)
+    with ExitStack() as stack:
+        paths = adapter.paths if isinstance(adapter, Several) else (adapter,)
+        named = [stack.enter_context(as_peft_names(path, read_task(base, path).empty(base))) for path in paths]
+        if isinstance(adapter, Several):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-merge-")))
+            yield One(root=folder, checks=_combined(folder, named, adapter.combination, empty_model(base)))
+        else:
+            yield One(root=named[0], checks=())
+
+
+def _combined(folder: Path, paths: Sequence[Path], wanted: Combination, model: PreTrainedModel) -> tuple[Check, ...]:
+    """Write the one adapter into `folder` and return what was found on the way."""
+    recipes = [_read(path, list(model.state_dict())) for path in paths]
+    peft_model = load_parts(model, paths)
     checks: tuple[Check, ...] = ()
     if wanted.kind == "cat":
         made = _weighted_sum(recipes, wanted.weights)
@@ -81,9 +90,8 @@ def as_one(adapter: Path | Several, base: Path) -> Iterator[One]:
     else:
         made = combine_by_peft(peft_model, wanted)
     room = ROUNDINGS * len(recipes) + (SVD_ROOM if wanted.kind.endswith("svd") else 0)
-    with tempfile.TemporaryDirectory(prefix="lora-merge-") as folder:
-        _write(Path(folder), made, recipes, room)
-        yield One(root=Path(folder), checks=checks)
+    _write(folder, made, recipes, room)
+    return checks
 
 
 def _read(root: Path, parameters: Sequence[str]) -> Recipe:
