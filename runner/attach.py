@@ -20,7 +20,6 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils.save_and_load import set_peft_model_state_dict
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from runner.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
@@ -28,6 +27,7 @@ from runner.adapter_names import Naming, name_adapter
 from runner.base_model import Base, open_base
 from runner.checkpoint.conversion import Conversion
 from runner.checkpoint.layout import Checkpoint
+from runner.checkpoint.mapped import LoadResult, MappedFile
 from runner.checkpoint.names import StoredNames
 from runner.combination import Combination
 from runner.combined import combine
@@ -208,15 +208,15 @@ def _load(
     Its tensors go by `names`; the base has no values for the keys `own`. A copy of a base tensor that only repeats the
     base (PEFT saves one beside an embedding's LoRA) is left out.
     """
-    with safe_open(str(adapter.root / WEIGHTS_FILE), framework="pt", device="cpu") as handle:
-        weights = {names[key]: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118  (not a dict)
+    mapped = MappedFile(adapter.root / WEIGHTS_FILE, adapter.tensors)
+    weights = {names[key]: tensor for key, tensor in mapped.tensors.items()}
     placed: dict[str, torch.Tensor] = {}
     load_state_dict = peft_model.load_state_dict
 
-    def recording(state_dict: Mapping[str, torch.Tensor], strict: bool = True) -> Any:
+    def recording(state_dict: Mapping[str, torch.Tensor], strict: bool = False) -> LoadResult:  # noqa: ARG001
         check_copies(peft_model, state_dict, own)
         placed.update((key, value) for key, value in state_dict.items() if not repeats(peft_model, key, value, name))
-        return load_state_dict(state_dict, strict=strict)
+        return mapped.load(load_state_dict, state_dict)
 
     # PEFT maps file names to parameters inside this call; listening in on its last step is the only way to learn
     # the mapping without repeating it.
