@@ -10,7 +10,7 @@ No torch: the supervisor reads adapters before it downloads a base.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from typing import Any
 
 from runner.checkpoint.layout import TensorFile, TensorInfo, read_tensor_file
 from runner.errors import BrokenAdapter, BrokenCheckpoint, UnsupportedAdapter
-from runner.methods import find_refusal
+from runner.methods import FACTORS, find_refusal
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -59,13 +59,14 @@ def read_adapter(root: Path) -> Adapter:
 
     Raises:
         BrokenAdapter: a file is missing, pickled, truncated or not finite.
-        UnsupportedAdapter: a method or option that has no exact merge.
+        UnsupportedAdapter: a method or option that has no exact merge, or an adapter that changes nothing.
     """
     config = _read_config(root)
     peft_type = str(config.get("peft_type") or "")
     _check_method(config)
     file = _read_weights(root)
-    _check_finite(root, file)
+    zeros = _check_values(root, file)
+    _check_effect(peft_type, [tensor.name for tensor in file.tensors], zeros)
     base_model = config.get("base_model_name_or_path")
     task_type = config.get("task_type")
     return Adapter(
@@ -131,26 +132,53 @@ def _read_weights(root: Path) -> TensorFile:
     return file
 
 
-def _check_finite(root: Path, file: TensorFile) -> None:
+def _check_values(root: Path, file: TensorFile) -> set[str]:
+    """Refuse what is not finite, and return the names of float tensors that are all zero."""
     # numpy has no bfloat16, so the test is on the bits: all exponent bits set means Inf or NaN.
     import numpy as np
 
+    zeros = set()
     with (root / file.name).open("rb") as stream:
         for tensor in file.tensors:
             if tensor.dtype not in _EXPONENT:
                 continue
+            is_zero = True
             word, mask = _EXPONENT[tensor.dtype]
             stream.seek(tensor.start)
             left = tensor.size_bytes
             while left:
                 block = stream.read(min(SCAN_BYTES, left))
                 left -= len(block)
-                if bool(((np.frombuffer(block, dtype=word) & mask) == mask).any()):
+                values = np.frombuffer(block, dtype=word)
+                is_zero = is_zero and not bool((values << 1).any())  # without the sign
+                if bool(((values & mask) == mask).any()):
                     raise BrokenAdapter(
                         f"The adapter tensor {tensor.name!r} holds NaN or Inf.",
                         why="The training diverged, or the file was damaged; merged, it would poison the base.",
                         fix="Take an earlier checkpoint of the training.",
                     )
+            if is_zero:
+                zeros.add(tensor.name)
+    return zeros
+
+
+def _check_effect(peft_type: str, names: Collection[str], zeros: Collection[str]) -> None:
+    """Refuse an adapter of which every tensor is zero, or is multiplied by one that is."""
+    factors = FACTORS.get(peft_type, ())
+    modules = {name: _module_of_factor(name, factors) for name in names}
+    null = {modules[name] for name in zeros}
+    if factors and all(name in zeros or (modules[name] and modules[name] in null) for name in names):
+        raise UnsupportedAdapter(
+            f"The adapter changes nothing: each of its {len(names)} tensors is zero or is multiplied by zero, "
+            f"{min(zeros)!r} first.",
+            why="It was saved before it was trained, or its training never reached it; a release would be the base.",
+            fix="Take a checkpoint from the end of the training.",
+        )
+
+
+def _module_of_factor(name: str, factors: tuple[str, ...]) -> str:
+    parts = name.split(".")
+    return next((".".join(parts[:at]) for at, part in enumerate(parts) if part.startswith(factors)), "")
 
 
 def _broken(what: str) -> BrokenAdapter:

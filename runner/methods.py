@@ -114,6 +114,23 @@ TASK_CLASSES: Mapping[str | None, str] = MappingProxyType(
         None: "PeftModel",
     }
 )
+# Methods whose change of a weight is a product (or one factor): the prefixes of the tensors that it is made of. Where
+# all of one factor is zero, so is the change.
+FACTORS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "LORA": ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"),
+        "ADALORA": ("lora_A", "lora_B", "lora_E"),
+        "LOHA": ("hada_w",),
+        "LOKR": ("lokr_w",),
+        "HIRA": ("hira_A", "hira_B"),
+        "GRALORA": ("gralora_A", "gralora_B"),
+        "VERA": ("vera_lambda_b", "vera_lambda_d"),
+        "FOURIERFT": ("fourierft_spectrum",),
+        "WAVEFT": ("waveft_spectrum",),
+        "C3A": ("c3a_kernel",),
+        "SHIRA": ("shira_weight",),
+    }
+)
 # Methods whose random projections PEFT rounds to the base's dtype unless the adapter brings them.
 _ROUNDED_PROJECTIONS = frozenset({"VERA", "PVERA"})
 

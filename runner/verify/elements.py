@@ -56,6 +56,8 @@ class Comparison:
         kept: Σ (W' − W)·Δ.
         delta_squared: Σ Δ².
         base_squared: Σ W².
+        changed: elements on disk that are not W.
+        has_base: whether there is a W of the same shape; without one, every element counts as changed.
         errors: |x' − E| in ulp over a sample of the elements, counted in the bins of `verdict.ERROR_BINS`.
     """
 
@@ -66,6 +68,8 @@ class Comparison:
     kept: float = 0.0
     delta_squared: float = 0.0
     base_squared: float = 0.0
+    changed: int = 0
+    has_base: bool = True
     errors: list[int] = field(default_factory=lambda: [0] * ERROR_BINS)
 
     @property
@@ -102,7 +106,7 @@ def compare_touched(found: Stored, exact: Exact, base: Stored | None) -> Compari
     Raises:
         BrokenCheckpoint: a file ends early.
     """
-    result = Comparison()
+    result = Comparison(has_base=base is not None)
     for start, stop in row_blocks(exact.shape):
         wanted = exact.rows(start, stop)
         stored = found.rows(start, stop)
@@ -141,6 +145,21 @@ def same_exact(left: Exact, right: Exact) -> bool:
     return all(bool(torch.equal(left.rows(*block), right.rows(*block))) for block in row_blocks(left.shape))
 
 
+def is_right(found: torch.Tensor, exact: Exact, start: int, wanted: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Return where `found` is within half an ulp of E plus the bound on a right float32 computation; NaN for NaN is.
+
+    Args:
+        found: values, in any float dtype.
+        exact: E.
+        start: the first row of the block.
+        wanted: the block's rows of E, float64, of the shape of `found`.
+        dtype: of the output, as safetensors spells it.
+    """
+    noise = exact.noise(start, start + row_count(tuple(wanted.shape)), output_is_float32=dtype == "F32")
+    error = (found.double() - wanted).abs()
+    return (error <= 0.5 * ulp(wanted, dtype) + noise) | (torch.isnan(wanted) & torch.isnan(found))
+
+
 def _compare_block(
     result: Comparison, info: TensorInfo, exact: Exact, start: int, wanted: torch.Tensor, stored: torch.Tensor
 ) -> None:
@@ -149,12 +168,9 @@ def _compare_block(
     differs = ~same_bits(rounded, stored, info.dtype)
     if not bool(differs.any()):
         return
-    unit = ulp(wanted, info.dtype)
-    noise = exact.noise(start, start + row_count(tuple(wanted.shape)), output_is_float32=info.dtype == "F32")
-    error = (stored.double() - wanted).abs()
-    both_nan = torch.isnan(wanted) & torch.isnan(stored)
-    bad = differs & ~both_nan & ~(error <= 0.5 * unit + noise)  # a NaN fails every comparison, so it is bad
-    _record(result, info, start, _Block(bad=bad, expected=rounded, found=stored, ulps=error / unit))
+    bad = differs & ~is_right(stored, exact, start, wanted, info.dtype)
+    distance = (stored.double() - wanted).abs() / ulp(wanted, info.dtype)
+    _record(result, info, start, _Block(bad=bad, expected=rounded, found=stored, ulps=distance))
 
 
 def _compare_cast(result: Comparison, found: Stored, base: Stored, start: int, stop: int) -> None:
@@ -216,6 +232,7 @@ def _measure_delta(result: Comparison, wanted: torch.Tensor, stored: torch.Tenso
     base = base.double()
     delta = (wanted - base).float().flatten()
     kept = stored.double().sub_(base).float().flatten()
+    result.changed += int(torch.count_nonzero(kept))
     result.kept += float(torch.dot(kept, delta))
     result.delta_squared += float(torch.dot(delta, delta))
     base = base.float().flatten()

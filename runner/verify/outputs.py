@@ -5,8 +5,8 @@ centred rms of their difference over their standard deviation; see `runner.verif
 1e-4:
 
 - plain transformers loads the folder without a missing, unexpected or mismatched key;
-- what it loads computes the same as the same model with round(E) in every touched tensor, that is, the files hold
-  what they should, under names and a config that bring it to the right place;
+- what it loads computes the same as the same model with round(E) in every touched element that the storage layer would
+  not pass, that is, the files hold what they should, under names and a config that bring it to the right place;
 - with the un-rounded E in its place, it computes the same as the unmerged PEFT model. A folder that lies about tied
   weights, or whose config computes something else, fails here.
 
@@ -25,6 +25,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from runner.checkpoint.conversion import Group
+from runner.verify.elements import is_right
 from runner.verify.exact import Exact, ExactStored
 from runner.verify.forward import error_of, generates, has_decoder, outputs_of, predicts_tokens
 from runner.verify.models import LOAD_ERRORS, Loaded, Unmerged, first_line, load_folder, quiet
@@ -177,8 +178,11 @@ def _fill(model: PreTrainedModel, sources: Sources, targets: Targets, *, rounded
             continue
         if group is not None:
             groups[group] = None
-        elif not _put(places, target.key, _values(exact, target.dtype if rounded else "F32")):
-            return target.stored
+        else:
+            loaded = places.get(target.key) if rounded else None
+            keep = loaded if loaded is not None and tuple(loaded.shape) == exact.shape else None
+            if not _put(places, target.key, _values(exact, target.dtype if rounded else "F32", keep)):
+                return target.stored
     for group in groups:
         stored = {}
         for name in group.sources:
@@ -210,11 +214,21 @@ def _put(places: Mapping[str, torch.Tensor], key: str, value: torch.Tensor) -> b
     return True
 
 
-def _values(exact: Exact, dtype: str) -> torch.Tensor:
-    """Return E, rounded to `dtype`, as float32 in E's shape."""
+def _values(exact: Exact, dtype: str, loaded: torch.Tensor | None = None) -> torch.Tensor:
+    """Return E, rounded to `dtype`, as float32 in E's shape.
+
+    Elements of `loaded` (of that shape) that are right by the bound of the storage layer stay: next to a tie, a right
+    float32 computation may round the other way than E, and a small model's outputs would show it.
+    """
     values = torch.empty(exact.shape or (1,), dtype=torch.float32)
+    old = loaded.to("cpu", torch.float32).view(values.shape) if loaded is not None else None
     for start, stop in row_blocks(exact.shape):
-        values[start:stop] = round_to(exact.rows(start, stop), dtype).to(torch.float32)
+        wanted = exact.rows(start, stop)
+        values[start:stop] = round_to(wanted, dtype).to(torch.float32)
+        if old is not None and not torch.equal(values[start:stop], old[start:stop]):
+            found, rounded = old[start:stop], values[start:stop]
+            right = is_right(found.view(wanted.shape), exact, start, wanted, dtype).view(rounded.shape)
+            values[start:stop] = torch.where(right, found, rounded)
     return values.view(exact.shape)
 
 

@@ -70,6 +70,16 @@ class Storage:
         """Whether the adapter changes any weight that the base has."""
         return any(result.delta_squared > 0 for result in self.comparisons.values())
 
+    @property
+    def brings_new(self) -> bool:
+        """Whether a tensor of the adapter has none of its shape in the base, as a head or a larger vocabulary."""
+        return any(not result.has_base for result in self.comparisons.values())
+
+    @property
+    def changed(self) -> int:
+        """Elements on disk, of the tensors that the adapter acts on, that are not the base's."""
+        return sum(result.changed for result in self.comparisons.values())
+
 
 def compare_storage(
     *, merged: Checkpoint, sources: Sources, targets: Targets, on_progress: Callable[[float], None]
@@ -118,7 +128,22 @@ def judge_storage(result: Storage, targets: Targets, unmerged: Unmerged) -> tupl
                 detail=f"{name} was not judged: {reason}" + _more(len(unknown)),
             )
         )
+    else:
+        checks.append(_check("the adapter's change is in the files", *_missing_change(result)))
     return tuple(checks)
+
+
+def _missing_change(result: Storage) -> tuple[str, int]:
+    """Return what is wrong with a merge that equals its base, and 1; or "" and 0."""
+    if result.brings_new or result.changed or not result.comparisons:  # what is not there is structure's to tell
+        return "", 0
+    if not result.has_delta:
+        return "The adapter changes no weight of this base, so that there is nothing to release", 1
+    return (
+        f"Not one of {sum(found.elements for found in result.comparisons.values())} elements differs from the base's: "
+        "either the adapter was never applied, or its change is lost in this dtype and `dtype: float32` would keep it",
+        1,
+    )
 
 
 def _compare(result: Storage, found: Stored, target: Target, sources: Sources) -> None:

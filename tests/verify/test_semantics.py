@@ -97,7 +97,7 @@ def test_an_adapter_without_effect_divides_by_nothing(bases: dict[str, Path], tm
     assert all(probe.error == 0.0 for probe in _probes(bases["llama"], adapter))
     merged = save_merge(tmp_path / "merged", bases["llama"], adapter)
     verdict = judge(base=bases["llama"], adapter=adapter, merged=merged, dtype="auto")
-    assert verdict.passed
+    assert [check.name for check in verdict.failures] == ["the adapter's change is in the files"]
     assert any("No power" in check.detail for check in verdict.checks)
 
 
