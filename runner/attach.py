@@ -79,13 +79,17 @@ class Attached:
         return self.adapters[0]
 
 
-def attach(checkpoint: Checkpoint, *adapters: Adapter, combination: Combination | None = None) -> Attached:
+def attach(
+    checkpoint: Checkpoint, *adapters: Adapter, combination: Combination | None = None, only_plans: bool = False
+) -> Attached:
     """Return base and adapter, attached; reads headers, configs and the adapter, no weight of a lazy method's base.
 
     Args:
         checkpoint: the base.
         adapters: one, or several that `check_combinable` found good.
         combination: how several become one; None for one.
+        only_plans: several become one of the right modules and shapes, with whatever values are quickest; the base
+            may be headers without weights.
 
     Raises:
         AdapterMismatch: a tensor of the adapter fits nothing in the base, or one that must be there is missing.
@@ -103,8 +107,9 @@ def attach(checkpoint: Checkpoint, *adapters: Adapter, combination: Combination 
         peft_model = _wrap(model, _peft_config(adapter, namings[0]), adapter, ADAPTER_NAME)
         placed = _load(peft_model, adapter, ADAPTER_NAME, namings[0].names, _unknown(base))
     else:
-        peft_model = _wrap_several(model, adapters, namings)
-        combine(peft_model, combination, into=ADAPTER_NAME)
+        peft_model = _wrap_several(model, adapters, namings, only_plans=only_plans)
+        quickest = Combination(kind="cat", weights=combination.weights)
+        combine(peft_model, quickest if only_plans else combination, into=ADAPTER_NAME)
         placed = {}
     if left := untrained(base.own, placed, ADAPTER_NAME):
         raise _missing(left[0], adapter)
@@ -161,14 +166,17 @@ def _peft_config(adapter: Adapter, naming: Naming) -> PeftConfig:
     return config
 
 
-def _wrap_several(model: PreTrainedModel, adapters: Sequence[Adapter], namings: Sequence[Naming]) -> PeftModel:
+def _wrap_several(
+    model: PreTrainedModel, adapters: Sequence[Adapter], namings: Sequence[Naming], *, only_plans: bool
+) -> PeftModel:
     """Return all adapters on the model, each loaded as strictly as one alone."""
     names = [f"part_{number}" for number in range(1, len(adapters) + 1)]
     peft_model: PeftModel | None = None
     for name, adapter, naming in zip(names, adapters, namings, strict=True):
         peft_model = _wrap(peft_model or model, _peft_config(adapter, naming), adapter, name)
         placed = _load(peft_model, adapter, name, naming.names, frozenset())
-        if lost := [key for key in placed if f".{name}" not in key]:
+        extra = [key for key in placed if f".{name}" not in key]
+        if lost := [key for key in extra if not (only_plans and ".base_layer." in key)]:  # no base to compare it with
             raise UnsupportedAdapter(
                 f"The adapter {name.replace('_', ' ')} brings {lost[0]!r}, and several adapters are to be combined.",
                 why="It is no low-rank factor, and PEFT's combination would drop it.",

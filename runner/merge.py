@@ -45,7 +45,10 @@ def merge(prepared: Prepared, *, into: Path, on_progress: Progress | None = None
     Raises:
         RunnerError: the disk is full, a file is damaged, or PEFT refuses a layer; `into` does not exist then, and
             the next call goes on from the shards that are finished.
+        ValueError: `prepared` is only good for its plan.
     """
+    if prepared.is_only_planned:
+        raise ValueError("prepared with only_plans")
     started = time.monotonic()
     torch.set_num_threads(1)  # one thread merges, one writes, one hashes; more only contend (and change last bits)
     standing = take_up(prepared, into)

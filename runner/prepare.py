@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 from runner.adapter import read_adapter
@@ -22,15 +23,26 @@ from runner.units import Unit, find_changes, find_units
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A merge that can start; `combination` says how several adapters became one."""
+    """A merge that can start, or one that is only planned.
+
+    Attributes:
+        attached: base and adapter.
+        units: by their paths.
+        plan: what happens to every stored tensor.
+        combination: how several adapters became one; None for one.
+        is_only_planned: several adapters were put together in a quick way whose values are not those asked for.
+    """
 
     attached: Attached
     units: Mapping[str, Unit]
     plan: Plan
     combination: Combination | None
+    is_only_planned: bool = False
 
 
-def prepare(base: Path, *adapters: Path, dtype: str, combination: Combination | None = None) -> Prepared:
+def prepare(
+    base: Path, *adapters: Path, dtype: str, combination: Combination | None = None, only_plans: bool = False
+) -> Prepared:
     """Return the merge of the adapters into `base`, planned.
 
     Args:
@@ -38,6 +50,7 @@ def prepare(base: Path, *adapters: Path, dtype: str, combination: Combination | 
         adapters: folders of PEFT adapters. What comes along beside the weights comes from the first.
         dtype: "auto", "bfloat16", "float16" or "float32".
         combination: how several adapters become one; None exactly when there is one.
+        only_plans: do not spend hours on the singular values of a merge that will not be made.
 
     Raises:
         RunnerError: either folder is damaged, or they cannot be merged exactly; see `read_checkpoint`,
@@ -47,19 +60,26 @@ def prepare(base: Path, *adapters: Path, dtype: str, combination: Combination | 
     validated = [read_adapter(adapter) for adapter in adapters]
     if combination is not None:
         check_combinable(validated, combination)
-    attached = attach(checkpoint, *validated, combination=combination)
+    only_plans = only_plans and combination is not None
+    attached = attach(checkpoint, *validated, combination=combination, only_plans=only_plans)
     units = find_units(attached)
     changes = find_changes(attached, units)
     edits = dict(changes.config_edits)
     if dtype != "auto":
         edits["torch_dtype" if "torch_dtype" in read_config(base) else "dtype"] = dtype
     if combination is not None:
-        changes = replace(changes, notes=(*changes.notes, *_notes(adapters, combination)))
+        elements = sum(prod(tensor.shape) for adapter in validated for tensor in adapter.tensors.values())
+        changes = replace(
+            changes,
+            adapter_bytes=sum(adapter.data_bytes for adapter in validated),
+            unit_bytes=changes.unit_bytes + 2 * 4 * elements,  # the adapters and their combination, both in float32
+            notes=(*changes.notes, *_notes(adapters, combination)),
+        )
     companions = find_companions(base, adapters[0], edits)
     plan = make_plan(
         attached.checkpoint, changes, companions=companions, dtype=dtype, peft_type=attached.adapter.peft_type
     )
-    return Prepared(attached=attached, units=units, plan=plan, combination=combination)
+    return Prepared(attached=attached, units=units, plan=plan, combination=combination, is_only_planned=only_plans)
 
 
 def _notes(adapters: Sequence[Path], combination: Combination) -> Iterator[str]:

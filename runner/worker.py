@@ -58,7 +58,7 @@ def run(job: Job, emit: Emit) -> None:
         RunnerError: see the rooms that do the work.
     """
     emit(PhaseStarted(phase="plan"))
-    prepared = prepare(job.base, *job.adapters, dtype=job.dtype, combination=job.combination)
+    prepared = prepare(job.base, *job.adapters, dtype=job.dtype, combination=job.combination, only_plans=not job.merges)
     plan = prepared.plan
     emit(Planned(summary=plan.summary))
     if job.merges:

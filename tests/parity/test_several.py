@@ -14,6 +14,8 @@ import torch
 from peft import LoraConfig
 
 from runner.combination import KINDS, RANDOM, Several
+from runner.merge import merge
+from runner.prepare import prepare
 from tests.parity import models, oracle
 from tests.parity.pipeline import run_merge
 from tests.parity.several import combination, defined, equals_peft, lora, peft_combination, save_all, sum_of_deltas
@@ -191,3 +193,18 @@ def test_dare_depends_on_its_seed_alone(kind: str, base: Path, pair: tuple[Path,
         digests.append(run_merge(base, several, tmp_path / str(number))[1].digest)
 
     assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_is_the_same_without_the_work(
+    kind: str, base: Path, pair: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = combination(kind, 0.7, -0.4)
+    right = prepare(base, *pair, dtype="auto", combination=wanted).plan
+    monkeypatch.delattr(torch.linalg, "svd")
+
+    planned = prepare(base, *pair, dtype="auto", combination=wanted, only_plans=True)
+
+    assert planned.plan == right
+    with pytest.raises(ValueError, match="only_plans"):
+        merge(planned, into=tmp_path / "merged")
