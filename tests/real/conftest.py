@@ -41,14 +41,16 @@ def merged(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Pa
     return give
 
 
-def verify(base: Path, adapter: Path, merged: Path, report_dir: Path, dtype: str) -> tuple[int, Mapping[str, Any]]:
+def verify(
+    base: Path, adapter: Path | str, merged: Path, report_dir: Path, dtype: str, *flags: str
+) -> tuple[int, Mapping[str, Any]]:
     """Run `mode: verify` as a process; return its exit code and report."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "INPUT_", "GITHUB_"))}
     done = subprocess.run(
         [
             sys.executable, str(ROOT / "entrypoint.py"), "--mode", "verify", "--dtype", dtype,
             "--adapter-path", str(adapter), "--base-model", str(base), "--merged-path", str(merged),
-            "--report-dir", str(report_dir),
+            "--report-dir", str(report_dir), *flags,
         ],
         env=env, capture_output=True, text=True, timeout=580, check=False,
     )  # fmt: skip

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from runner.combination import Combination
+from runner.merge import merge
+from runner.prepare import prepare
 from tests.real.conftest import STRONG, WEAK, verify
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
@@ -30,3 +33,18 @@ def test_a_right_merge_passes(
     assert float(outputs["max-probe-error"]) < 1e-8
     assert outputs["status"] == ("PASS_LOSSY" if float(outputs["retention"]) < 0.9 else "PASS")
     assert float(outputs["retention"]) == pytest.approx(1.0, abs=0.01) or adapter == WEAK
+
+
+@pytest.mark.parametrize("weight, code", [("-0.5", 0), ("-0.51", 8)])
+def test_a_right_merge_of_two_adapters_passes_and_another_weight_fails(
+    weight: str, code: int, base: Path, tmp_path: Path
+) -> None:
+    combination = Combination(kind="cat", weights=(1.0, -0.5))
+    merged = merge(prepare(base, STRONG, WEAK, dtype="auto", combination=combination), into=tmp_path / "merged").root
+
+    found, report = verify(
+        base, f"{STRONG}\n{WEAK} {weight}", merged, tmp_path / "report", "auto", "--combination", "cat"
+    )
+
+    assert found == code
+    assert report["outputs"]["verified"] == str(code == 0).lower()
