@@ -65,12 +65,12 @@ check-imports: $(READY)
 
 check-schemas: $(READY)
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-actions action.yml
-	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml examples/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 
 check-workflows: $(READY)
-	$(BIN)/actionlint
-	$(BIN)/zizmor --offline --no-progress --quiet .
+	$(BIN)/actionlint .github/workflows/*.yml examples/*.yml
+	$(BIN)/zizmor --offline --no-progress --quiet . examples/*.yml
 
 check-docker: $(READY)
 	$(BIN)/hadolint Dockerfile

@@ -1,9 +1,10 @@
-"""Write the tables of README.md and docs/errors.md from what they describe: action.yml and runner/errors.py.
+"""Write the tables of README.md and docs/errors.md, and action-types.yml, from what they describe.
 
     python -m tools.tables           rewrite them
     python -m tools.tables --check   say which is out of date, and fail
 
-A table stands between `<!-- table: NAME -->` and `<!-- end table -->`.
+A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; its sources are action.yml and
+runner/errors.py. action-types.yml is written whole, see `tools.typings`.
 """
 
 from __future__ import annotations
@@ -16,24 +17,31 @@ from pathlib import Path
 import yaml
 
 from runner.errors import EXIT_CANCELLED, EXIT_INTERNAL, EXIT_VERDICT_FAILED, RunnerError
+from tools.typings import render_types
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("README.md", "docs/errors.md")
+FILES = ("README.md", "docs/errors.md", "action-types.yml")
+TYPES = "action-types.yml"
 BLOCK = re.compile(r"(?P<open><!-- table: (?P<name>[a-z-]+) -->\n).*?(?P<close><!-- end table -->)", re.DOTALL)
 
 
 def main(arguments: list[str]) -> int:
     """Rewrite or check every file; return the exit code."""
-    stale = [name for name in FILES if (text := (ROOT / name).read_text("utf-8")) != render(text)]
+    stale = [name for name in FILES if (text := (ROOT / name).read_text("utf-8")) != wanted(name, text)]
     if arguments == ["--check"]:
         for name in stale:
-            print(f"{name}: a table is out of date; run `make fix`")
+            print(f"{name} is out of date; run `make fix`")
         return 1 if stale else 0
     for name in stale:
         path = ROOT / name
-        path.write_text(render(path.read_text("utf-8")), "utf-8")
+        path.write_text(wanted(name, path.read_text("utf-8")), "utf-8")
         print(f"{name}: rewritten")
     return 0
+
+
+def wanted(name: str, text: str) -> str:
+    """Return what the file `name`, which holds `text` now, is to hold."""
+    return render_types(list(read_action()["outputs"])) if name == TYPES else render(text)
 
 
 def render(text: str) -> str:
