@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from runner.combination import KINDS, MAJORITIES, PRUNING, RANDOM, VOTING, Combination
+from runner.declared import INPUTS
 from runner.errors import InputError, Problem
 from runner.prompts import read_prompts
 from runner.reference import RepoRef, read_reference
-from runner.sources import INPUTS, nearest
+from runner.sources import nearest
 from runner.syntax import parse_boolean, tag_problem
 from runner.workspace import Workspace
 

@@ -13,10 +13,10 @@ from typing import Literal, cast
 
 from runner import sources
 from runner.combination import Combination
+from runner.declared import INPUTS
 from runner.errors import InputError, Problem
 from runner.form import Form
 from runner.reference import RepoRef
-from runner.sources import INPUTS
 from runner.syntax import repo_id_problem, revision_problem
 from runner.workspace import Workspace
 

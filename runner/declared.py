@@ -1,0 +1,115 @@
+"""Every input of the action: its name, what it is for, what it takes. `action.yml` says the same, and tests compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runner.combination import KINDS, MAJORITIES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputSpec:
+    """One input, as `action.yml` declares it.
+
+    Attributes:
+        name: in kebab-case; `--name` as a flag, `INPUT_NAME` as a variable (hyphens stay).
+        description: one line for `--help`.
+        default: used where nothing is given; "" for none.
+        required: whether the run cannot do without it in any mode.
+        secret: whether its value must never be shown, nor given as a flag.
+        choices: all values it takes; () for free text.
+        multiline: whether line breaks are part of the value.
+        fallback: another variable that is read where this input is empty; "" for none.
+    """
+
+    name: str
+    description: str
+    default: str = ""
+    required: bool = False
+    secret: bool = False
+    choices: tuple[str, ...] = ()
+    multiline: bool = False
+    fallback: str = ""
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that GitHub's runner sets for this input."""
+        return f"INPUT_{self.name.upper()}"
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """All environment variables that may hold the value, the first one first."""
+        return (self.variable, self.fallback) if self.fallback else (self.variable,)
+
+
+INPUTS: tuple[InputSpec, ...] = (
+    InputSpec(
+        name="adapter-path",
+        description="Adapter to merge: a local folder, or owner/name[@revision] on the Hub; or several, one a line, "
+        "each with its weight behind it.",
+        required=True,
+        multiline=True,
+    ),
+    InputSpec(name="combination", description="How several adapters become one.", choices=KINDS),
+    InputSpec(name="combination-density", description="Share of each adapter's values to keep, in (0, 1]."),
+    InputSpec(name="combination-seed", description="Seed of dare's random choice; else 0."),
+    InputSpec(name="combination-majority-sign", description="How ties elects a sign; else total.", choices=MAJORITIES),
+    InputSpec(name="target-repo", description="Repository to publish to, owner/name; created if absent."),
+    InputSpec(
+        name="base-model", description="Base model: a local folder, or owner/name[@revision]; else the adapter's."
+    ),
+    InputSpec(name="base-revision", description="Revision of the base model: a commit, tag or branch."),
+    InputSpec(name="tag", description="Tag of the release; else the event's release or pushed tag."),
+    InputSpec(
+        name="mode",
+        description="What to do: release, judge an existing merge, or only say what would happen.",
+        default="publish",
+        choices=("publish", "verify", "plan"),
+    ),
+    InputSpec(
+        name="merged-path", description="For mode verify: the merged model to judge, a folder or owner/name[@revision]."
+    ),
+    InputSpec(
+        name="dtype",
+        description="Type of the merged weights; auto keeps the base's.",
+        default="auto",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    ),
+    InputSpec(
+        name="device",
+        description="Where the judge runs the models; cuda never falls back to the CPU.",
+        default="auto",
+        choices=("auto", "cuda", "cpu"),
+    ),
+    InputSpec(
+        name="hf-token",
+        description="Token that may write to target-repo (and read adapter and base).",
+        secret=True,
+        fallback="HF_TOKEN",
+    ),
+    InputSpec(
+        name="base-token", description="Token that may read base and adapter, if it is another one.", secret=True
+    ),
+    InputSpec(name="private", description="Whether a repository that is created is private.", default="true"),
+    InputSpec(
+        name="work-dir", description="Folder for the merged files, where a killed run resumes; else a temporary one."
+    ),
+    InputSpec(
+        name="report-dir",
+        description="Folder for report.json, report.md and its pictures.",
+        default="lora-merge-report",
+    ),
+    InputSpec(name="cache-dir", description="Folder that keeps downloads between runs; else none are kept."),
+    InputSpec(
+        name="verify-prompts",
+        description="Prompts to verify with beside the built-in ones: one a line, or a .txt or .jsonl file.",
+        multiline=True,
+    ),
+    InputSpec(name="commit-message", description="Message of the commit on the Hub.", multiline=True),
+    InputSpec(
+        name="on-existing-tag",
+        description="What to do if the tag exists with other content.",
+        default="fail",
+        choices=("fail", "skip", "replace"),
+    ),
+)
