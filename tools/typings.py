@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from runner.sources import INPUTS, InputSpec
+from runner.declared import INPUTS, InputSpec
 from runner.verify.verdict import Status
 
 HEAD = (
