@@ -8,35 +8,26 @@ cannot be used is an error of the input.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runner.checkpoint.layout import Checkpoint, read_checkpoint
 from runner.combination import Several
 from runner.errors import CheckpointError
-from runner.verify.blueprint import check_heads, read_blueprint
-from runner.verify.classes import read_task
-from runner.verify.combined import as_one
-from runner.verify.models import Unmerged, load_base, load_unmerged
-from runner.verify.modules import LIMIT, Probe, probe_modules
+from runner.verify.case import Case, Progress, open_case, skipped
+from runner.verify.modules import Probe
 from runner.verify.outputs import NEW_TOKENS, judge_outputs
 from runner.verify.prompts import make_questions
-from runner.verify.recipe import read_recipe
-from runner.verify.shapes import resized_rows
-from runner.verify.sources import Sources
 from runner.verify.storage import Storage, compare_storage, judge_storage
-from runner.verify.structure import Form, Wanted, judge_structure
-from runner.verify.targets import Target, Targets, find_targets
+from runner.verify.structure import judge_structure
 from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
 
 MIN_RETENTION = 0.9
 LOSS = "the output dtype keeps the adapter"
 GATES = (Layer.STRUCTURE, Layer.STORAGE, Layer.SEMANTICS, Layer.END_TO_END)
 READABLE = "headers and index can be read"
-Progress = Callable[[str, float], None]
 
 
 @dataclass(slots=True)
@@ -46,21 +37,9 @@ class _Findings:
     checks: list[Check] = field(default_factory=list)
     modules: tuple[ModuleRow, ...] = ()
     rounding_errors: tuple[int, ...] = ()
+    retention: float = 1.0
     quality: Quality | None = None
     continuations: tuple[Continuation, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Case:
-    """Everything that the layers look at."""
-
-    base: Checkpoint
-    adapter: Path
-    merged: Checkpoint
-    unmerged: Unmerged
-    sources: Sources
-    targets: Targets
-    form: Form
 
 
 def judge(
@@ -92,22 +71,51 @@ def judge(
     """
     start = time.monotonic()
     say: Progress = on_progress or (lambda _what, _share: None)
-    findings = _Findings()
-    say("reading", 0.0)
-    base_checkpoint = read_checkpoint(base)
-    try:
-        merged_checkpoint = read_checkpoint(merged)
-    except CheckpointError as error:
-        findings.checks.append(_fail(Layer.STRUCTURE, READABLE, error.problem.what))
-        findings.checks.extend(_skipped(layer, "the merged folder cannot be read") for layer in Layer)
+    read_checkpoint(base)  # a base that cannot be read is the input's error, whatever the merged folder is
+    found = _read(merged)
+    if isinstance(found, Check):
+        return _verdict(_Findings(checks=_unreadable(found)), seed, start)
+    with open_case(base, adapter, dtype=dtype, seed=seed, on_progress=say) as case:
+        verdict = judge_merge(case, merged, prompts=prompts, device=device, on_progress=say)
+    return replace(verdict, wall_s=time.monotonic() - start)
+
+
+def judge_merge(
+    case: Case,
+    merged: Path,
+    *,
+    prompts: Sequence[str] = (),
+    device: str = "cpu",
+    end_to_end: bool = True,
+    on_progress: Progress | None = None,
+) -> Verdict:
+    """Return the verdict on one merged folder of an open case; see `judge`.
+
+    Args:
+        case: base and adapter, and what the merge was asked for.
+        merged: folder to be judged.
+        prompts: the user's.
+        device: where the models run.
+        end_to_end: whether to run that layer, which takes most of the time. Without it nothing passes: the verdict is
+            `FAIL` or `NOT_VERIFIED`.
+        on_progress: told (what is being done, share of the whole in 0..1).
+    """
+    start = time.monotonic()
+    say: Progress = on_progress or (lambda _what, _share: None)
+    checkpoint = _read(merged)
+    if isinstance(checkpoint, Check):
+        return _verdict(_Findings(checks=_unreadable(checkpoint)), case.seed, start)
+    findings = _Findings(checks=[Check(layer=Layer.STRUCTURE, name=READABLE, outcome=Outcome.PASS)])
+    _judge_files(findings, case, checkpoint, say)
+    if end_to_end:
+        _judge_models(findings, case, checkpoint, prompts=prompts, device=device, say=say)
     else:
-        findings.checks.append(Check(layer=Layer.STRUCTURE, name=READABLE, outcome=Outcome.PASS))
-        say("loading base and adapter", 0.02)
-        with as_one(adapter, base) as one:
-            findings.checks.extend(one.checks)
-            case = _prepare(base_checkpoint, one.root, merged_checkpoint, dtype)
-            _judge_case(findings, case, prompts=prompts, seed=seed, device=device, say=say)
+        findings.checks.append(skipped(Layer.END_TO_END, "it was not asked for"))
     say("judged", 1.0)
+    return _verdict(findings, case.seed, start)
+
+
+def _verdict(findings: _Findings, seed: int, start: float) -> Verdict:
     checks = tuple(findings.checks)
     return Verdict(
         status=decide(checks),
@@ -119,6 +127,18 @@ def judge(
         seed=seed,
         wall_s=time.monotonic() - start,
     )
+
+
+def _read(merged: Path) -> Checkpoint | Check:
+    """Return the merged folder's headers, or the check that they fail."""
+    try:
+        return read_checkpoint(merged)
+    except CheckpointError as error:
+        return _fail(Layer.STRUCTURE, READABLE, error.problem.what)
+
+
+def _unreadable(check: Check) -> list[Check]:
+    return [check, *(skipped(layer, "the merged folder cannot be read") for layer in Layer)]
 
 
 def decide(checks: Sequence[Check]) -> Status:
@@ -137,70 +157,43 @@ def decide(checks: Sequence[Check]) -> Status:
     return Status.PASS_LOSSY if lossy else Status.PASS
 
 
-def _prepare(base: Checkpoint, adapter: Path, merged: Checkpoint, dtype: str) -> _Case:
-    task = read_task(base.root, adapter)
-    blueprint = read_blueprint(base.root, base.tensors, task)
-    recipe = read_recipe(adapter, list(blueprint.keys), blueprint.conversion.sources)
-    rows = resized_rows(recipe, blueprint)
-    check_heads(blueprint, recipe)
-    loaded = load_base(base.root, rows, wanted=task.model_class, labels=task.labels)
-    unmerged = load_unmerged(loaded, adapter, recipe.redundant)
-    sources = Sources(base=base, blueprint=blueprint, recipe=recipe, unmerged=unmerged)
-    targets = find_targets(sources, base=base, blueprint=blueprint, dtype=dtype)
-    form = Form(
-        required={name: _wanted(target) for name, target in targets.required.items()},
-        optional={name: _wanted(target) for name, target in targets.optional.items()},
-        dtype=dtype,
-        is_untied=bool(targets.untied),
-        may_untie=bool(targets.untied) or (bool(targets.optional) and targets.optional.keys() <= merged.tensors.keys()),
-        rows=rows,
-        config=task.config,
-    )
-    return _Case(
-        base=base,
-        adapter=adapter,
-        merged=merged,
-        unmerged=unmerged,
-        sources=sources,
-        targets=targets,
-        form=form,
-    )
-
-
-def _judge_case(
-    findings: _Findings, case: _Case, *, prompts: Sequence[str], seed: int, device: str, say: Progress
-) -> None:
-    say("structure", 0.08)
-    findings.checks.extend(judge_structure(base=case.base, adapter=case.adapter, merged=case.merged, form=case.form))
+def _judge_files(findings: _Findings, case: Case, merged: Checkpoint, say: Progress) -> None:
+    say("structure", 0.1)
+    form = case.form(merged)
+    findings.checks.extend(judge_structure(base=case.base, adapter=case.adapter, merged=merged, form=form))
     storage = compare_storage(
-        merged=case.merged,
+        merged=merged,
         sources=case.sources,
         targets=case.targets,
-        on_progress=lambda share: say("storage", 0.08 + 0.2 * share),
+        on_progress=lambda share: say("storage", 0.1 + 0.3 * share),
     )
     findings.checks.extend(judge_storage(storage, case.targets, case.unmerged))
-    say("semantics", 0.3)
-    probes = tuple(probe_modules(case.unmerged, case.sources, seed))
-    findings.checks.extend(_semantics(probes, case.unmerged))
-    findings.modules = _rows(case, storage, probes)
+    findings.checks.extend(case.semantics())
+    findings.modules = _rows(case, storage, case.probes)
     findings.rounding_errors = storage.rounding_errors
+    findings.retention = storage.retention
+    findings.checks.append(_retention(storage))
+
+
+def _judge_models(
+    findings: _Findings, case: Case, merged: Checkpoint, *, prompts: Sequence[str], device: str, say: Progress
+) -> None:
     say("end to end", 0.4)
     questions = make_questions(
-        case.merged.root, rows=_embedding_rows(case), max_tokens=_max_tokens(case), prompts=prompts, seed=seed
+        merged.root, rows=_embedding_rows(case), max_tokens=_max_tokens(case), prompts=prompts, seed=case.seed
     )
     outputs = judge_outputs(
         unmerged=case.unmerged,
-        merged=case.merged.root,
+        merged=merged.root,
         sources=case.sources,
         targets=case.targets,
         questions=questions,
-        retention=storage.retention,
+        retention=findings.retention,
         device=device,
         on_progress=lambda share: say("end to end", 0.4 + 0.6 * share),
     )
     findings.checks.extend(outputs.checks)
     findings.quality, findings.continuations = outputs.quality, outputs.continuations
-    findings.checks.append(_retention(storage))
     if questions.skipped:
         detail = f"{len(questions.skipped)} of your prompts could not be used, the first: {questions.skipped[0]!r}."
         findings.checks.append(
@@ -208,36 +201,7 @@ def _judge_case(
         )
 
 
-def _semantics(probes: Sequence[Probe], unmerged: Unmerged) -> tuple[Check, ...]:
-    name = "E does what PEFT's unmerged layer does"
-    exact = "PEFT holds the adapter exactly as stored"
-    altered = f"{unmerged.altered[0]} has other values in PEFT's model than in the file." if unmerged.altered else ""
-    stored = _fail(Layer.SEMANTICS, exact, altered) if altered else _passed(Layer.SEMANTICS, exact)
-    errors = [(probe.error, probe) for probe in probes if probe.error is not None]
-    blind = [probe for probe in probes if probe.error is None]
-    checks = [stored]
-    if errors:
-        worst, probe = max(errors, key=lambda entry: math.inf if math.isnan(entry[0]) else entry[0])
-        passed = worst <= LIMIT
-        checks.append(
-            Check(
-                layer=Layer.SEMANTICS,
-                name=name,
-                outcome=Outcome.PASS if passed else Outcome.FAIL,
-                value=worst,
-                limit=LIMIT,
-                detail=""
-                if passed
-                else f"The worst of {len(errors)} modules is {probe.module}. {probe.detail}".strip(),
-            )
-        )
-    if blind or not errors:
-        first = f"{blind[0].module}: {blind[0].detail}" if blind else "PEFT touches no module"
-        checks.append(_skipped(Layer.SEMANTICS, f"{len(blind)} modules were not probed; {first}"))
-    return tuple(checks)
-
-
-def _rows(case: _Case, storage: Storage, probes: Sequence[Probe]) -> tuple[ModuleRow, ...]:
+def _rows(case: Case, storage: Storage, probes: Sequence[Probe]) -> tuple[ModuleRow, ...]:
     errors = {probe.module: probe.error for probe in probes}
     return tuple(
         ModuleRow(
@@ -270,28 +234,16 @@ def _retention(storage: Storage) -> Check:
     )
 
 
-def _embedding_rows(case: _Case) -> int:
+def _embedding_rows(case: Case) -> int:
     return int(case.unmerged.model.get_base_model().get_input_embeddings().weight.shape[0])
 
 
-def _max_tokens(case: _Case) -> int:
+def _max_tokens(case: Case) -> int:
     """Return how long a prompt may be so that its continuation fits, too; windows have several names in configs."""
     config = case.unmerged.base.model.config.get_text_config()
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=1 << 20) - NEW_TOKENS
 
 
-def _wanted(target: Target) -> Wanted:
-    return Wanted(dtype=target.dtype, shape=target.shape)
-
-
-def _passed(layer: Layer, name: str) -> Check:
-    return Check(layer=layer, name=name, outcome=Outcome.PASS)
-
-
 def _fail(layer: Layer, name: str, detail: str) -> Check:
     return Check(layer=layer, name=name, outcome=Outcome.FAIL, detail=detail)
-
-
-def _skipped(layer: Layer, reason: str) -> Check:
-    return Check(layer=layer, name=f"{layer.value} was judged", outcome=Outcome.SKIPPED, detail=f"{reason}.")
