@@ -24,7 +24,7 @@ from runner.checkpoint.conversion import Conversion, Group
 from runner.checkpoint.layout import Checkpoint
 from runner.checkpoint.names import StoredNames
 from runner.checkpoint.reader import Reader
-from runner.errors import BrokenCheckpoint, UnsupportedCheckpoint
+from runner.errors import AdapterMismatch, BrokenCheckpoint, UnsupportedCheckpoint
 from runner.forms import decide_form, empty_model, grows
 from runner.vocabulary import given_shapes, zero_padded
 
@@ -67,6 +67,7 @@ def open_base(checkpoint: Checkpoint, adapter: Adapter, *, in_memory: bool) -> B
     Raises:
         BrokenCheckpoint: config.json and weights contradict each other.
         UnsupportedCheckpoint: a base that this version cannot merge exactly.
+        AdapterMismatch: the task needs a head, and the adapter has none.
         UnsupportedAdapter: transformers has no class for the adapter's task.
     """
     form = decide_form(checkpoint, adapter)
@@ -79,7 +80,7 @@ def open_base(checkpoint: Checkpoint, adapter: Adapter, *, in_memory: bool) -> B
     _hold_places(model, own)
     ties = _tie(model, names)
     own |= _hold_places(model, given_shapes(adapter))
-    _check_whole(model)
+    _check_whole(model, is_own="architectures" not in form.config_edits)
     return Base(
         checkpoint=checkpoint,
         model=model,
@@ -207,12 +208,19 @@ def _tie(model: PreTrainedModel, names: StoredNames) -> dict[str, str]:
     return ties
 
 
-def _check_whole(model: PreTrainedModel) -> None:
+def _check_whole(model: PreTrainedModel, *, is_own: bool) -> None:
     missing = sorted(key for key, tensor in model.state_dict().items() if tensor.is_meta)
+    body = f"{model.base_model_prefix}."
+    if missing and not is_own and not missing[0].startswith(body):
+        raise AdapterMismatch(
+            f"{missing[0]!r} is in neither the adapter nor the base.",
+            why=f"The adapter's task makes the model a {type(model).__name__}; transformers would fill its head with "
+            "random numbers.",
+            fix="Save the adapter with its head (`modules_to_save`), or correct `task_type` in its config.",
+        )
     if missing:
         raise BrokenCheckpoint(
             f"The base lacks {missing[0]!r}" + (f" and {len(missing) - 1} more tensors." if len(missing) > 1 else "."),
-            why=f"{type(model).__name__} needs it, the adapter does not bring it, and transformers would fill it with "
-            "random numbers.",
+            why=f"{type(model).__name__} needs it, and transformers would fill it with random numbers.",
             fix="Use a complete checkpoint of this architecture as `base-model`.",
         )

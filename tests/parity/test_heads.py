@@ -127,7 +127,7 @@ def test_refuses_an_adapter_without_its_head(tmp_path: Path) -> None:
     head = next(key for key in weights if "score" in key)
     save_file({key: value for key, value in weights.items() if key != head}, adapter / "adapter_model.safetensors")
 
-    with pytest.raises(BrokenCheckpoint, match="score"):
+    with pytest.raises(AdapterMismatch, match="score"):
         prepare(base, adapter, dtype="auto")
     with pytest.raises(AdapterMismatch, match="score"):
         judge(base=base, adapter=adapter, merged=base, dtype="auto")

@@ -96,7 +96,7 @@ BAD_ADAPTERS: dict[str, tuple[Damage, int, str]] = {
     "unknown field": (_edit_config(use_novelty=True), 4, "use_novelty"),
     "replicated layers": (_edit_config(layer_replication=[[0, 2], [0, 2]]), 4, "layer_replication"),
     "packed in another order": (_edit_config(lora_B_layout="grouped_by_expert"), 4, "lora_B_layout"),
-    "a head of its own": (_edit_config(task_type="SEQ_CLS"), 4, "SEQ_CLS"),
+    "a task without its head": (_edit_config(task_type="SEQ_CLS"), 4, "ForSequenceClassification"),
     "targets that are not in the base": (_edit_config(target_modules=["w_pack"]), 4, "w_pack"),
 }
 

@@ -107,7 +107,9 @@ def test_plan_of_a_base_on_the_hub_downloads_no_weights(
     on_disk = sum(path.stat().st_blocks * 512 for path in cache.rglob("*.safetensors") if not path.is_symlink())
     assert on_disk < sum(path.stat().st_size for path in base.glob("*.safetensors"))
     local = action.run("--adapter-path", str(adapter), "--base-model", str(base), "--mode", "plan")
+    notes = [found.report["plan"].pop("notes") for found in (local, result)]
     assert local.report["plan"] == result.report["plan"]
+    assert [len(note) for note in notes] == [1, 1]  # each names the base that was meant, and where it is merged into
 
 
 def test_a_base_on_the_hub_is_merged_as_the_local_one(action: Action, base: Path, adapter: Path) -> None:
