@@ -24,16 +24,19 @@ from runner.checkpoint.writer import BUFFER_BYTES, ShardWriter
 from runner.companions import copy_companion
 from runner.errors import NotEnoughDisk, RunnerError
 from runner.experts import Panel, Stack, agrees, panels, stack_of
-from runner.fast import MIN_ROWS, LinearMerger, check_range, is_fast, linear_panel
+from runner.fast import MIN_ROWS, LinearMerger, check_range, is_fast, is_same, linear_panel
 from runner.plan import Action, Plan, ShardPlan, TensorPlan
 from runner.prepare import Prepared
 from runner.resume import Standing, take_up
+from runner.sums import GpuMerger, Sums
 from runner.whole import UnitMerger
 
 Progress = Callable[[int, int], None]
 
 
-def merge(prepared: Prepared, *, into: Path, on_progress: Progress | None = None) -> MergedCheckpoint:
+def merge(
+    prepared: Prepared, *, into: Path, on_progress: Progress | None = None, device: str = "cpu"
+) -> MergedCheckpoint:
     """Carry out the plan and return the finished folder `into`.
 
     Args:
@@ -41,6 +44,7 @@ def merge(prepared: Prepared, *, into: Path, on_progress: Progress | None = None
         into: appears by rename when everything is written. `<into>.partial` and `<into>.journal.json` stand beside it
             until then; the journal stays. It may exist as the result of an earlier merge, whose shards are then kept.
         on_progress: called with (bytes written, bytes in all) after every tensor.
+        device: "cpu", or "cuda" to sum on the GPU what has the same bits there (`runner.sums`).
 
     Raises:
         RunnerError: the disk is full, a file is damaged, or PEFT refuses a layer; `into` does not exist then, and
@@ -55,10 +59,11 @@ def merge(prepared: Prepared, *, into: Path, on_progress: Progress | None = None
     plan, attached = prepared.plan, prepared.attached
     _check_space(plan, standing)
     with Reader(attached.checkpoint) as reader, torch.inference_mode():
-        job = _Job(prepared, reader, standing, on_progress)
+        job = _Job(prepared, reader, standing, on_progress, torch.device(device))
         job.check_fast_path()
         files = job.write_shards()
         read_bytes = reader.read_bytes
+        notes = (standing.note, job.note)
     files += _write_rest(plan, standing.partial)
     standing.partial.rename(into)
     summary = plan.summary
@@ -72,14 +77,21 @@ def merge(prepared: Prepared, *, into: Path, on_progress: Progress | None = None
         written_bytes=sum(file.size_bytes for file in files),
         wall_s=time.monotonic() - started,
         shards_resumed=len(standing.kept),
-        note=standing.note,
+        note=" ".join(note for note in notes if note),
     )
 
 
 class _Job:
     """One merge under way: what is needed for every tensor, and the parts of units that are still to be written."""
 
-    def __init__(self, prepared: Prepared, reader: Reader, standing: Standing, on_progress: Progress | None) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        reader: Reader,
+        standing: Standing,
+        on_progress: Progress | None,
+        device: torch.device,
+    ) -> None:
         plan = prepared.plan
         self._shards = tuple(shard for shard in plan.shards if shard.file not in standing.kept)
         self._standing = standing
@@ -90,9 +102,15 @@ class _Job:
         self._unit_merger = UnitMerger(prepared.attached, prepared.units, reader)
         widest = max((row_bytes(tensor) for shard in self._shards for tensor in shard.tensors), default=0)
         self._block_bytes = max(BUFFER_BYTES, MIN_ROWS * widest)
-        self._linear_merger = LinearMerger(reader, self._block_bytes)
+        gpu = None if device.type == "cpu" else GpuMerger(reader, self._block_bytes, device)
+        self._sums = Sums(LinearMerger(reader, self._block_bytes), gpu)
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
         self._uses = _count_uses(self._shards)
+
+    @property
+    def note(self) -> str:
+        """What the user should know of the device, or an empty text."""
+        return self._sums.note
 
     def write_shards(self) -> list[FileDigest]:
         """Write what is not kept; return the digests of all shards."""
@@ -100,7 +118,7 @@ class _Job:
         files = list(journal.files)
         written = sum(file.size_bytes for file in files)
         total = written + sum(shard.size_bytes for shard in self._shards)
-        with ShardWriter(self._standing.partial, buffer_bytes=self._block_bytes) as writer:
+        with self._writer() as writer:
             for shard in self._shards:
                 writer.begin(shard.file, shard.header, shard.size_bytes)
                 for tensor in shard.tensors:
@@ -118,7 +136,6 @@ class _Job:
         Raises:
             RunnerError: they are not: this build of torch sums in another order, and nothing may be published.
         """
-        root = self._standing.partial
         stacks = [stack for shard in self._shards for tensor in shard.tensors if (stack := self._stack(tensor))]
         if stacks and not agrees(stacks[0]):
             raise RunnerError(
@@ -129,21 +146,36 @@ class _Job:
         fast = [tensor for shard in self._shards for tensor in shard.tensors if self._is_fast(tensor)]
         if not fast:
             return
+        self._check_blocks(fast)
         tensor = min(fast, key=lambda candidate: candidate.size_bytes)
-        header = b""
-        with ShardWriter(root, buffer_bytes=self._block_bytes) as writer:
-            writer.begin("check", header, tensor.size_bytes)
+        whole = self._unit_merger.merge(tensor.change.unit if tensor.change else "")["weight"]
+        right = hashlib.sha256(tensor_bytes(whole.to(TORCH_DTYPES[tensor.dtype]))).hexdigest()
+        if self._sums.uses_gpu and self._digest(tensor) != right:
+            self._sums.leave_gpu()
+        if self._digest(tensor) != right:
+            raise _disagreement(tensor)
+
+    def _digest(self, tensor: TensorPlan) -> str:
+        """Return the sha256 of a tensor as the fast path merges it; it is written, and removed."""
+        with self._writer() as writer:
+            writer.begin("check", b"", tensor.size_bytes)
             self._write_fast(tensor, writer)
-            quick = writer.finish().sha256
-        (root / "check").unlink()
-        assert tensor.change is not None  # noqa: S101  (is_fast)
-        whole = self._unit_merger.merge(tensor.change.unit)["weight"]
-        if hashlib.sha256(tensor_bytes(whole.to(TORCH_DTYPES[tensor.dtype]))).hexdigest() != quick:
-            raise RunnerError(
-                f"The fast path and PEFT disagree on {tensor.name!r}.",
-                why="This build of torch multiplies blocks of rows differently from the whole matrix.",
-                fix="Use the image of this action as it is published, and report the versions in the log.",
-            )
+            digest = writer.finish().sha256
+        (self._standing.partial / "check").unlink()
+        return digest
+
+    def _writer(self) -> ShardWriter:
+        root, is_pinned = self._standing.partial, self._sums.uses_gpu
+        return ShardWriter(root, buffer_bytes=self._block_bytes, is_pinned=is_pinned)
+
+    def _check_blocks(self, fast: list[TensorPlan]) -> None:
+        checked = set()
+        for tensor in fast:
+            panel = self._panel(tensor)
+            shape = panel.right.shape
+            if shape not in checked and not is_same(panel.left, panel.right):
+                raise _disagreement(tensor)
+            checked.add(shape)
 
     def _is_fast(self, tensor: TensorPlan) -> bool:
         unit = self._units.get(tensor.change.unit) if tensor.change else None
@@ -170,12 +202,15 @@ class _Job:
         else:
             self._cast(tensor, writer)
 
-    def _write_fast(self, tensor: TensorPlan, writer: ShardWriter) -> None:
+    def _panel(self, tensor: TensorPlan) -> Panel:
         assert tensor.change is not None  # noqa: S101  (is_fast)
-        self._write_panels([linear_panel(self._units[tensor.change.unit])], tensor, writer)
+        return linear_panel(self._units[tensor.change.unit])
+
+    def _write_fast(self, tensor: TensorPlan, writer: ShardWriter) -> None:
+        self._write_panels([self._panel(tensor)], tensor, writer)
 
     def _write_panels(self, parts: Iterable[Panel], tensor: TensorPlan, writer: ShardWriter) -> None:
-        for buffer, filled in self._linear_merger.blocks(parts, tensor, writer):
+        for buffer, filled in self._sums.blocks(parts, tensor, writer):
             writer.put(tensor_bytes(buffer.raw[:filled]), buffer)
 
     def _write_unit(self, tensor: TensorPlan, writer: ShardWriter) -> None:
@@ -204,6 +239,14 @@ class _Job:
         if rounded.dtype is torch.float16:
             check_range(rounded, stored, tensor.name)
         writer.put(tensor_bytes(rounded))
+
+
+def _disagreement(tensor: TensorPlan) -> RunnerError:
+    return RunnerError(
+        f"The fast path and PEFT disagree on {tensor.name!r}.",
+        why="This build of torch multiplies blocks of rows differently from the whole matrix.",
+        fix="Use the image of this action as it is published, and report the versions in the log.",
+    )
 
 
 def _check_space(plan: Plan, standing: Standing) -> None:

@@ -7,6 +7,7 @@ standard input. Events go out on standard output; whatever a library prints is s
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import resource
 import sys
@@ -15,14 +16,10 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import TextIO
 
-import torch
-
 from runner.combination import Several
 from runner.errors import EXIT_CANCELLED, RunnerError
 from runner.events import Event, Failed, Job, Judged, Merged, PhaseStarted, Planned, Progress, Ready, decode_job, encode
-from runner.merge import merge
-from runner.prepare import prepare
-from runner.verify.judge import judge
+from runner.libraries import leave, quick_imports
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors")
 PROGRESS_STEPS = 200
@@ -38,7 +35,10 @@ def main() -> int:
         channel.write(encode(event))
         channel.flush()
 
-    emit(_ready())
+    with quick_imports():
+        importlib.import_module("runner.merge")  # all of torch, transformers and peft that a plan needs, too
+        ready = _ready()
+    emit(ready)
     line = sys.stdin.readline()
     if not line:
         return EXIT_CANCELLED  # the supervisor needs no worker after all
@@ -57,17 +57,27 @@ def run(job: Job, emit: Emit) -> None:
     Raises:
         RunnerError: see the rooms that do the work.
     """
+    import torch
+
+    from runner.prepare import prepare
+
+    device = "cuda" if job.device != "cpu" and torch.cuda.is_available() else "cpu"
     emit(PhaseStarted(phase="plan"))
     prepared = prepare(job.base, *job.adapters, dtype=job.dtype, combination=job.combination, only_plans=not job.merges)
     plan = prepared.plan
     emit(Planned(summary=plan.summary))
     if job.merges:
+        from runner.merge import merge
+
         emit(PhaseStarted(phase="merge"))
         total = sum(shard.size_bytes for shard in plan.shards)
-        checkpoint = merge(prepared, into=job.merged, on_progress=_throttled("merge", total, emit))
+        on_progress = _throttled("merge", total, emit)
+        checkpoint = merge(prepared, into=job.merged, on_progress=on_progress, device=device)
         emit(Merged(checkpoint=checkpoint, peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
     del prepared, plan  # the judge starts from the folders alone
     if job.verifies:
+        from runner.verify.judge import judge
+
         emit(PhaseStarted(phase="verify"))
         torch.set_num_threads(os.cpu_count() or 1)
         verdict = judge(
@@ -79,13 +89,15 @@ def run(job: Job, emit: Emit) -> None:
             dtype=job.dtype,
             prompts=job.prompts,
             seed=job.seed,
-            device="cuda" if job.device != "cpu" and torch.cuda.is_available() else "cpu",
+            device=device,
             on_progress=lambda doing, part: emit(Progress(phase="verify", done=part, total=1.0, doing=doing)),
         )
         emit(Judged(verdict=verdict))
 
 
 def _ready() -> Ready:
+    import torch
+
     name, problem = None, None
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name(0)
@@ -123,4 +135,4 @@ def _leave_with_supervisor() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -5,8 +5,11 @@ import sys
 import time
 from pathlib import Path
 
-from runner.merge import merge
-from runner.prepare import prepare
+from runner.libraries import leave, quick_imports
+
+with quick_imports():
+    from runner.merge import merge
+    from runner.prepare import prepare
 
 if __name__ == "__main__":
     base, out, adapter = map(Path, sys.argv[1:4])
@@ -15,3 +18,4 @@ if __name__ == "__main__":
     planned = time.monotonic()
     merge(prepared, into=out)
     print(json.dumps({"after_imports_s": time.monotonic() - started, "plan_s": planned - started}))
+    leave(0)

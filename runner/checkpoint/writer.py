@@ -62,11 +62,18 @@ class _Range:
 class ShardWriter:
     """Writes the shards of one folder. Use as a context manager; leaving it early removes what is not finished."""
 
-    def __init__(self, root: Path, *, buffer_bytes: int = BUFFER_BYTES) -> None:
+    def __init__(self, root: Path, *, buffer_bytes: int = BUFFER_BYTES, is_pinned: bool = False) -> None:
+        """Make the ring.
+
+        Args:
+            root: the folder, which exists.
+            buffer_bytes: of each buffer.
+            is_pinned: in memory that a GPU can reach while the program goes on.
+        """
         self._root = root
         self._free: queue.Queue[Buffer] = queue.Queue()
         for _ in range(BUFFERS):
-            self._free.put(Buffer(torch.empty(buffer_bytes, dtype=torch.uint8)))
+            self._free.put(Buffer(torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=is_pinned)))
         self.buffer_bytes = buffer_bytes
         self._lock = threading.Lock()
         self._descriptor = -1

@@ -9,18 +9,18 @@ import torch
 import transformers
 from peft import LoraConfig
 
-from runner.fast import MIN_ROWS, SUM_BYTES, row_blocks
+from runner.fast import LEAST_ROWS, MIN_ROWS, SUM_BYTES, is_same, row_blocks
 from tests.parity import models, oracle
 from tests.parity.pipeline import run_merge
 
 
-@pytest.mark.parametrize("step", [MIN_ROWS, 4, 64])
+@pytest.mark.parametrize("step", [MIN_ROWS, 9, 64])
 def test_spans_cover_all_rows_and_leave_none_alone(step: int) -> None:
     for rows in range(2, 4 * step + 2):
         spans = list(row_blocks(rows, step))
 
         assert [row for first, last in spans for row in range(first, last)] == list(range(rows))
-        assert all(2 <= last - first <= step for first, last in spans)
+        assert all(min(rows, LEAST_ROWS) <= last - first <= step for first, last in spans)
     assert list(row_blocks(1, step)) == [(0, 1)]
 
 
@@ -36,3 +36,33 @@ def test_a_matrix_that_would_end_in_a_single_row_has_the_bits_of_peft(tmp_path: 
 
     expected = oracle.peft_merge(base, adapter)["lm_head.weight"]
     assert torch.equal(oracle.read_folder(merged.root)["lm_head.weight"], expected)
+
+
+def test_a_matrix_of_very_wide_rows_has_the_bits_of_peft(tmp_path: Path) -> None:
+    columns = SUM_BYTES // 4 // 2 + 232  # less than two rows of the output fit into a block of the usual size
+    config = transformers.LlamaConfig(**{**models.LLAMA_CONFIG, "intermediate_size": columns})
+    torch.manual_seed(1)
+    base = models.save_base(transformers.LlamaForCausalLM(config), tmp_path / "base", dtype=torch.bfloat16)
+    lora = LoraConfig(r=16, lora_alpha=24, target_modules=["down_proj"], task_type="CAUSAL_LM")
+    adapter = models.save_adapter(base, tmp_path / "adapter", lora)
+
+    _, merged = run_merge(base, adapter, tmp_path / "merged", dtype="float32")
+
+    expected = oracle.peft_merge(base, adapter)
+    found = oracle.read_folder(merged.root)
+    names = [name for name in found if "down_proj" in name]
+    assert names
+    assert all(torch.equal(found[name], expected[name]) for name in names)
+
+
+def test_a_product_whose_small_blocks_differ_is_told_from_one_whose_do_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(64, 16, generator=generator), torch.randn(16, 4096, generator=generator)
+
+    assert is_same(left, right)
+    with pytest.MonkeyPatch.context() as patch:
+        product = torch.mm
+        patch.setattr(
+            torch, "mm", lambda a, b: product(a.double(), b.double()).float() if len(a) < 8 else product(a, b)
+        )
+        assert not is_same(left, right)
