@@ -136,7 +136,9 @@ class _Lane:
     """A stream, and room for one block on the device."""
 
     def __init__(self, device: torch.device, block_bytes: int) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._stored = torch.empty(block_bytes, dtype=torch.uint8, device=device)
         self._sum = torch.empty(block_bytes // 2, dtype=torch.float32, device=device)
         self.overflows = torch.zeros((), dtype=torch.bool, device=device)
