@@ -181,6 +181,7 @@ def _provenance(facts: CardFacts) -> str:
         ["merged digest", code(facts.merged_digest)],
         ["input digest", code(origin.input_digest())],
         ["dtype", code(origin.dtype)],
+        ["rounding", code(origin.rounding.text)],
         ["made by", code(f"lora-merge-action {origin.version}")],
     ]
     return table(["", ""], rows)
@@ -211,6 +212,7 @@ def _check_it(facts: CardFacts) -> str:
         ["base-revision", code(origin.base_commit) if origin.base_commit else ""],
         ["adapter-path", "<br>".join(_adapter_references(origin))],
         *_combination_rows(origin),
+        *_rounding_rows(origin),
     ]
     return (
         f"{code(MANIFEST)} lists size and sha256 of every file. "
@@ -254,6 +256,12 @@ def _combination_rows(origin: Origin) -> list[list[str]]:
         "combination-majority-sign": wanted.majority_sign,
     }
     return [[name, code(str(value))] for name, value in given.items() if value is not None]
+
+
+def _rounding_rows(origin: Origin) -> list[list[str]]:
+    if not origin.rounding.is_stochastic:
+        return []
+    return [["rounding", code(origin.rounding.kind)], ["rounding-seed", code(str(origin.rounding.seed))]]
 
 
 def _short(digest: str | None) -> str:

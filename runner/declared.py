@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runner.combination import KINDS, MAJORITIES
+from runner.rounding import KINDS as ROUNDINGS
+from runner.rounding import NEAREST
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,13 @@ INPUTS: tuple[InputSpec, ...] = (
         default="auto",
         choices=("auto", "bfloat16", "float16", "float32"),
     ),
+    InputSpec(
+        name="rounding",
+        description="How merged values are rounded to 16 bits; stochastic keeps weak adapters, on average.",
+        default=NEAREST,
+        choices=ROUNDINGS,
+    ),
+    InputSpec(name="rounding-seed", description="Seed of stochastic rounding; else 0."),
     InputSpec(
         name="device",
         description="Where the judge runs the models; cuda never falls back to the CPU.",

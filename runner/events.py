@@ -13,6 +13,7 @@ from runner.checkpoint.digests import MergedCheckpoint
 from runner.combination import Combination
 from runner.errors import Problem
 from runner.plan import PlanSummary
+from runner.rounding import Rounding
 from runner.verify.verdict import Verdict
 from runner.wire import from_data, to_data
 
@@ -29,6 +30,7 @@ class Job:
         merges: whether to merge.
         verifies: whether to judge.
         dtype: "auto", "bfloat16", "float16" or "float32".
+        rounding: of the values that the adapter changes.
         device: "auto", "cuda" or "cpu".
         prompts: the user's own, added to the built-in ones.
         seed: of every random probe.
@@ -41,6 +43,7 @@ class Job:
     merges: bool
     verifies: bool
     dtype: str
+    rounding: Rounding
     device: str
     prompts: tuple[str, ...]
     seed: int

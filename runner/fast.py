@@ -21,6 +21,8 @@ from runner.checkpoint.writer import Buffer, ShardWriter
 from runner.errors import UnsupportedAdapter
 from runner.experts import Panel
 from runner.plan import TensorPlan
+from runner.rounding import Rounding
+from runner.stochastic import Rounder
 from runner.units import Unit
 
 SUM_BYTES = 256 << 10  # of the output: block, product and sum stay in the second-level cache; a third less time
@@ -65,8 +67,9 @@ def linear_panel(unit: Unit) -> Panel:
 class LinearMerger:
     """Merges low-rank products in blocks; holds one block of the sum in float32 and one of the input."""
 
-    def __init__(self, reader: Reader, block_bytes: int) -> None:
+    def __init__(self, reader: Reader, block_bytes: int, rounder: Rounder | None = None) -> None:
         self._reader = reader
+        self._rounder = rounder or Rounder(Rounding())
         self._block_bytes = block_bytes
         self._input = torch.empty(block_bytes, dtype=torch.uint8)
         self._scratch = torch.empty(0)
@@ -96,7 +99,8 @@ class LinearMerger:
                     block = self._room((end - start) * columns).view(end - start, columns)
                     torch.mm(panel.left[first + start : first + end], panel.right, out=block)
                     block.mul_(panel.scaling).add_(base[start:end])
-                    merged[start:end].copy_(block)
+                    index = (done + first + start) * columns
+                    self._rounder.into(merged[start:end], block, tensor.name, index)
                     if output is torch.float16:
                         check_range(merged[start:end], block, tensor.name)
                 yield buffer, filled

@@ -17,7 +17,9 @@ from runner.declared import INPUTS
 from runner.errors import InputError, Problem
 from runner.form import Form
 from runner.reference import RepoRef
+from runner.rounding import Rounding
 from runner.syntax import repo_id_problem, revision_problem
+from runner.terms import read_rounding
 from runner.workspace import Workspace
 
 __all__ = ["INPUTS", "Inputs", "RepoRef", "given_secrets", "parse", "usage", "wants_help"]
@@ -37,6 +39,7 @@ class Inputs:
         mode: publish, verify or plan.
         merged: what to judge; set exactly when `mode` is verify.
         dtype: of the merged weights.
+        rounding: of the values that the adapter changes.
         device: of the worker.
         hf_token: set whenever `mode` is publish.
         base_token: for reading; the same as `hf_token` unless another is given.
@@ -59,6 +62,7 @@ class Inputs:
     mode: Literal["publish", "verify", "plan"]
     merged: RepoRef | None
     dtype: Literal["auto", "bfloat16", "float16", "float32"]
+    rounding: Rounding
     device: Literal["auto", "cuda", "cpu"]
     hf_token: str | None = field(repr=False)
     base_token: str | None = field(repr=False)
@@ -105,6 +109,8 @@ class Inputs:
             "mode": self.mode,
             "merged-path": model(self.merged),
             "dtype": self.dtype,
+            "rounding": self.rounding.kind,
+            "rounding-seed": "" if self.rounding.seed is None else str(self.rounding.seed),
             "device": self.device,
             "private": self.private,
             "work-dir": folder(self.work_dir),
@@ -166,6 +172,7 @@ def parse(
         mode=mode,
         merged=form.model("merged-path"),
         dtype=cast(Literal["auto", "bfloat16", "float16", "float32"], form.choice("dtype")),
+        rounding=read_rounding(form, mode=mode),
         device=cast(Literal["auto", "cuda", "cpu"], form.choice("device")),
         hf_token=hf_token,
         base_token=values.get("base-token") or hf_token,

@@ -28,6 +28,7 @@ from runner.fast import MIN_ROWS, LinearMerger, check_range, is_fast, is_same, l
 from runner.plan import Action, Plan, ShardPlan, TensorPlan
 from runner.prepare import Prepared
 from runner.resume import Standing, take_up
+from runner.stochastic import Rounder
 from runner.sums import GpuMerger, Sums
 from runner.whole import UnitMerger
 
@@ -102,8 +103,10 @@ class _Job:
         self._unit_merger = UnitMerger(prepared.attached, prepared.units, reader)
         widest = max((row_bytes(tensor) for shard in self._shards for tensor in shard.tensors), default=0)
         self._block_bytes = max(BUFFER_BYTES, MIN_ROWS * widest)
-        gpu = None if device.type == "cpu" else GpuMerger(reader, self._block_bytes, device)
-        self._sums = Sums(LinearMerger(reader, self._block_bytes), gpu)
+        self._rounder = Rounder(prepared.rounding)
+        is_on_cpu = device.type == "cpu" or prepared.rounding.is_stochastic  # only the CPU draws
+        gpu = None if is_on_cpu else GpuMerger(reader, self._block_bytes, device)
+        self._sums = Sums(LinearMerger(reader, self._block_bytes, self._rounder), gpu)
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
         self._uses = _count_uses(self._shards)
 
@@ -149,7 +152,8 @@ class _Job:
         self._check_blocks(fast)
         tensor = min(fast, key=lambda candidate: candidate.size_bytes)
         whole = self._unit_merger.merge(tensor.change.unit if tensor.change else "")["weight"]
-        right = hashlib.sha256(tensor_bytes(whole.to(TORCH_DTYPES[tensor.dtype]))).hexdigest()
+        rounded = self._rounder.round(whole, TORCH_DTYPES[tensor.dtype], tensor.name)
+        right = hashlib.sha256(tensor_bytes(rounded)).hexdigest()
         if self._sums.uses_gpu and self._digest(tensor) != right:
             self._sums.leave_gpu()
         if self._digest(tensor) != right:
@@ -228,7 +232,7 @@ class _Job:
                 why="This version keeps the base's shapes; the adapter was trained after the vocabulary was resized.",
                 fix="Release the adapter unmerged for now.",
             )
-        rounded = exact.to(TORCH_DTYPES[tensor.dtype])
+        rounded = self._rounder.round(exact, TORCH_DTYPES[tensor.dtype], tensor.name)
         if rounded.dtype is torch.float16:
             check_range(rounded, exact, tensor.name)
         writer.put(tensor_bytes(rounded))

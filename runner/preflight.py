@@ -105,6 +105,7 @@ def resolve(inputs: Inputs, hubs: Hubs, cache_dir: Path, say: Say) -> Resolved:
         version=__version__,
         more_adapters=tuple(more),
         combination=inputs.combination,
+        rounding=inputs.rounding,
     )
     return Resolved(adapters=adapters, base_ref=base_ref, origin=origin, notes=notes)
 

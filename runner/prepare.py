@@ -18,6 +18,7 @@ from runner.combinable import check_combinable
 from runner.combination import Combination
 from runner.companions import TOKENIZER_FILES, find_companions, read_config
 from runner.plan import Plan, make_plan
+from runner.rounding import Rounding
 from runner.units import Unit, find_changes, find_units
 
 
@@ -30,6 +31,7 @@ class Prepared:
         units: by their paths.
         plan: what happens to every stored tensor.
         combination: how several adapters became one; None for one.
+        rounding: of the values that the adapter changes.
         is_only_planned: several adapters were put together in a quick way whose values are not those asked for.
     """
 
@@ -37,11 +39,17 @@ class Prepared:
     units: Mapping[str, Unit]
     plan: Plan
     combination: Combination | None
+    rounding: Rounding
     is_only_planned: bool = False
 
 
 def prepare(
-    base: Path, *adapters: Path, dtype: str, combination: Combination | None = None, only_plans: bool = False
+    base: Path,
+    *adapters: Path,
+    dtype: str,
+    combination: Combination | None = None,
+    rounding: Rounding | None = None,
+    only_plans: bool = False,
 ) -> Prepared:
     """Return the merge of the adapters into `base`, planned.
 
@@ -50,6 +58,7 @@ def prepare(
         adapters: folders of PEFT adapters. What comes along beside the weights comes from the first.
         dtype: "auto", "bfloat16", "float16" or "float32".
         combination: how several adapters become one; None exactly when there is one.
+        rounding: of the values that the adapter changes; to the nearest by default.
         only_plans: do not spend hours on the singular values of a merge that will not be made.
 
     Raises:
@@ -79,7 +88,14 @@ def prepare(
     plan = make_plan(
         attached.checkpoint, changes, companions=companions, dtype=dtype, peft_type=attached.adapter.peft_type
     )
-    return Prepared(attached=attached, units=units, plan=plan, combination=combination, is_only_planned=only_plans)
+    return Prepared(
+        attached=attached,
+        units=units,
+        plan=plan,
+        combination=combination,
+        rounding=rounding or Rounding(),
+        is_only_planned=only_plans,
+    )
 
 
 def _notes(adapters: Sequence[Path], combination: Combination) -> Iterator[str]:

@@ -17,6 +17,7 @@ from typing import Any
 from runner.checkpoint.digests import FileDigest, digest_file, digest_of
 from runner.combination import Combination
 from runner.companions import TOKENIZER_FILES, WEIGHT_SUFFIXES
+from runner.rounding import Rounding
 from runner.verify.verdict import Check, Quality, Verdict
 
 SCHEMA_VERSION = 1
@@ -24,6 +25,7 @@ CARD = "README.md"
 MANIFEST = "merge-manifest.json"
 REPORT_FOLDER = "merge-report/"
 SIGNIFICANT_DIGITS = 2
+NEAREST_ROUNDING = Rounding()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,7 @@ class Origin:
         version: of this action.
         more_adapters: the others, in their order.
         combination: how several become one; None exactly when there is one.
+        rounding: of the values that the adapter changes.
     """
 
     base_repo_id: str | None
@@ -62,6 +65,7 @@ class Origin:
     version: str
     more_adapters: tuple[AdapterOrigin, ...] = ()
     combination: Combination | None = None
+    rounding: Rounding = NEAREST_ROUNDING
 
     @property
     def adapters(self) -> tuple[AdapterOrigin, ...]:
@@ -87,6 +91,8 @@ class Origin:
         fields = {"schema_version": SCHEMA_VERSION, **asdict(self)}
         if self.combination is None:  # one adapter: the digest that releases had before there could be several
             del fields["more_adapters"], fields["combination"]
+        if not self.rounding.is_stochastic:  # likewise
+            del fields["rounding"]
         text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -163,7 +169,7 @@ def manifest(origin: Origin, facts: MergeFacts, verdict: Verdict, files: Iterabl
             "peft_type": facts.peft_type,
         },
         **_several(origin),
-        "options": {"dtype": origin.dtype},
+        "options": {"dtype": origin.dtype, "rounding": asdict(origin.rounding)},
         "merge": {
             "output_dtype": facts.output_dtype,
             "tensors_merged": facts.tensors_merged,

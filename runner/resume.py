@@ -93,6 +93,7 @@ def fingerprint(prepared: Prepared) -> dict[str, str]:
         "the base": base.hexdigest(),
         "the adapter": " ".join(_adapter_digest(adapter.root) for adapter in adapters),
         "the combination": repr(prepared.combination),
+        "the rounding": repr(prepared.rounding),
         "the plan": hashlib.sha256(repr(prepared.plan.shards).encode()).hexdigest(),
     }
 

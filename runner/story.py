@@ -95,6 +95,7 @@ class Story:
             merges=self.inputs.mode == "publish",
             verifies=self.inputs.mode != "plan",
             dtype=self.inputs.dtype,
+            rounding=self.inputs.rounding,
             device=self.inputs.device,
             prompts=self.inputs.verify_prompts,
             seed=SEED,

@@ -63,7 +63,14 @@ def run(job: Job, emit: Emit) -> None:
 
     device = "cuda" if job.device != "cpu" and torch.cuda.is_available() else "cpu"
     emit(PhaseStarted(phase="plan"))
-    prepared = prepare(job.base, *job.adapters, dtype=job.dtype, combination=job.combination, only_plans=not job.merges)
+    prepared = prepare(
+        job.base,
+        *job.adapters,
+        dtype=job.dtype,
+        combination=job.combination,
+        rounding=job.rounding,
+        only_plans=not job.merges,
+    )
     plan = prepared.plan
     emit(Planned(summary=plan.summary))
     if job.merges:
@@ -87,6 +94,7 @@ def run(job: Job, emit: Emit) -> None:
             else Several(paths=job.adapters, combination=job.combination),
             merged=job.merged,
             dtype=job.dtype,
+            rounding=job.rounding,
             prompts=job.prompts,
             seed=job.seed,
             device=device,

@@ -14,6 +14,7 @@ from typing import Any
 
 from runner.checkpoint.layout import Checkpoint, read_checkpoint
 from runner.combination import Several
+from runner.rounding import Rounding
 from runner.verify.blueprint import Blueprint, check_heads, read_blueprint
 from runner.verify.classes import read_task
 from runner.verify.combined import as_one
@@ -84,7 +85,13 @@ class Case:
 
 @contextmanager
 def open_case(
-    base: Path, adapter: Path | Several, *, dtype: str, seed: int = 0, on_progress: Progress | None = None
+    base: Path,
+    adapter: Path | Several,
+    *,
+    dtype: str,
+    rounding: Rounding | None = None,
+    seed: int = 0,
+    on_progress: Progress | None = None,
 ) -> Iterator[Case]:
     """Give the case of `adapter` on `base`; see `runner.verify.judge.judge` for the arguments.
 
@@ -105,7 +112,9 @@ def open_case(
         loaded = load_base(checkpoint.root, rows, wanted=task.model_class, labels=task.labels)
         unmerged = load_unmerged(loaded, one.root, recipe.redundant)
         sources = Sources(base=checkpoint, blueprint=blueprint, recipe=recipe, unmerged=unmerged)
-        targets = find_targets(sources, base=checkpoint, blueprint=blueprint, dtype=dtype)
+        targets = find_targets(
+            sources, base=checkpoint, blueprint=blueprint, dtype=dtype, rounding=rounding or Rounding()
+        )
         say("semantics", 0.08)
         yield Case(
             base=checkpoint,

@@ -2,8 +2,9 @@
 
 A touched element x' passes when its bits are those of round(E), or when |x' − E| <= ½ ulp(E) + noise, with the ulp of
 the output dtype and the bound of `runner.verify.exact` on a right float32 computation. The bits are compared first;
-the bound is only computed for what differs. An untouched tensor must have the base's very bytes, or, when another
-output dtype was asked for, the base's values rounded once. There is no other tolerance.
+the bound is only computed for what differs. Where values are rounded by chance, round(E) is the neighbour of E that
+the draw chooses, and the bound is `runner.verify.chance`'s. An untouched tensor must have the base's very bytes, or,
+when another output dtype was asked for, the base's values rounded once. There is no other tolerance.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from runner.checkpoint.layout import TensorInfo
+from runner.verify.chance import Chance
 from runner.verify.exact import Exact
 from runner.verify.tensors import FLOATS, read_bytes, read_rows, round_to, row_blocks, row_count, same_bits, ulp
 from runner.verify.verdict import ERROR_BIN_ULPS, ERROR_BINS
@@ -95,13 +97,14 @@ class Stored:
         return read_rows(self.root, self.info, start, stop)
 
 
-def compare_touched(found: Stored, exact: Exact, base: Stored | None) -> Comparison:
+def compare_touched(found: Stored, exact: Exact, base: Stored | None, chance: Chance | None = None) -> Comparison:
     """Return how the stored tensor `found` (BF16, F16 or F32) compares with E, block by block.
 
     Args:
         found: the merged tensor; must have E's shape.
         exact: E.
         base: W, for the size of the delta; None where the base has no tensor of that shape.
+        chance: the draws, where values are rounded by chance.
 
     Raises:
         BrokenCheckpoint: a file ends early.
@@ -112,7 +115,7 @@ def compare_touched(found: Stored, exact: Exact, base: Stored | None) -> Compari
         stored = found.rows(start, stop)
         result.elements += wanted.numel()
         stored = stored.view(wanted.shape)
-        _compare_block(result, found.info, exact, start, wanted, stored)
+        _compare_block(result, found.info, exact, start, wanted, stored, chance)
         if start == 0:
             _count_errors(result, found.info.dtype, wanted, stored)
         if base is not None:
@@ -145,7 +148,9 @@ def same_exact(left: Exact, right: Exact) -> bool:
     return all(bool(torch.equal(left.rows(*block), right.rows(*block))) for block in row_blocks(left.shape))
 
 
-def is_right(found: torch.Tensor, exact: Exact, start: int, wanted: torch.Tensor, dtype: str) -> torch.Tensor:
+def is_right(
+    found: torch.Tensor, exact: Exact, start: int, wanted: torch.Tensor, dtype: str, chance: Chance | None = None
+) -> torch.Tensor:
     """Return where `found` is within half an ulp of E plus the bound on a right float32 computation; NaN for NaN is.
 
     Args:
@@ -154,21 +159,43 @@ def is_right(found: torch.Tensor, exact: Exact, start: int, wanted: torch.Tensor
         start: the first row of the block.
         wanted: the block's rows of E, float64, of the shape of `found`.
         dtype: of the output, as safetensors spells it.
+        chance: the draws, where values are rounded by chance.
     """
     noise = exact.noise(start, start + row_count(tuple(wanted.shape)), output_is_float32=dtype == "F32")
+    if chance is not None:
+        right = chance.accepts(found, wanted, noise, dtype, first_index(wanted, start))
+        return right | (torch.isnan(wanted) & torch.isnan(found))
     error = (found.double() - wanted).abs()
     return (error <= 0.5 * ulp(wanted, dtype) + noise) | (torch.isnan(wanted) & torch.isnan(found))
 
 
-def _compare_block(
-    result: Comparison, info: TensorInfo, exact: Exact, start: int, wanted: torch.Tensor, stored: torch.Tensor
+def rounded_rows(wanted: torch.Tensor, start: int, dtype: str, chance: Chance | None) -> torch.Tensor:
+    """Return rows of E from `start` on, rounded to `dtype` as the merge was asked to."""
+    if chance is None:
+        return round_to(wanted, dtype)
+    return chance.round(wanted, dtype, first_index(wanted, start))
+
+
+def first_index(rows: torch.Tensor, start: int) -> int:
+    """Return the index in the whole tensor of the first element of `rows`, which begin at row `start`."""
+    return start * (rows.numel() // max(1, row_count(tuple(rows.shape))))
+
+
+def _compare_block(  # noqa: PLR0917 (what there is to know of one block)
+    result: Comparison,
+    info: TensorInfo,
+    exact: Exact,
+    start: int,
+    wanted: torch.Tensor,
+    stored: torch.Tensor,
+    chance: Chance | None,
 ) -> None:
-    rounded = round_to(wanted, info.dtype)
+    rounded = rounded_rows(wanted, start, info.dtype, chance)
     result.new_non_finite += int((~torch.isfinite(stored) & torch.isfinite(wanted)).sum())
     differs = ~same_bits(rounded, stored, info.dtype)
     if not bool(differs.any()):
         return
-    bad = differs & ~is_right(stored, exact, start, wanted, info.dtype)
+    bad = differs & ~is_right(stored, exact, start, wanted, info.dtype, chance)
     distance = (stored.double() - wanted).abs() / ulp(wanted, info.dtype)
     _record(result, info, start, _Block(bad=bad, expected=rounded, found=stored, ulps=distance))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from runner.checkpoint.layout import Checkpoint, read_checkpoint
 from runner.combination import Several
 from runner.errors import CheckpointError
+from runner.rounding import Rounding
 from runner.verify.case import Case, Progress, open_case, skipped
 from runner.verify.modules import Probe
 from runner.verify.outputs import NEW_TOKENS, judge_outputs
@@ -42,12 +43,13 @@ class _Findings:
     continuations: tuple[Continuation, ...] = ()
 
 
-def judge(
+def judge(  # noqa: PLR0913 (all by name; each is a fact that only the caller has)
     *,
     base: Path,
     adapter: Path | Several,
     merged: Path,
     dtype: str,
+    rounding: Rounding | None = None,
     prompts: Sequence[str] = (),
     seed: int = 0,
     device: str = "cpu",
@@ -60,6 +62,7 @@ def judge(
         adapter: folder of the adapter; or several, and how they are combined.
         merged: folder to be judged.
         dtype: what the merge was asked for: "auto" (each tensor keeps its own), "bfloat16", "float16", "float32".
+        rounding: that the merge was asked for; to the nearest by default.
         prompts: the user's; texts, or chats as the JSON object {"messages": [...]}.
         seed: of all random probes and token ids.
         device: where the models run ("cpu" or "cuda"); everything else is on the CPU.
@@ -75,7 +78,7 @@ def judge(
     found = _read(merged)
     if isinstance(found, Check):
         return _verdict(_Findings(checks=_unreadable(found)), seed, start)
-    with open_case(base, adapter, dtype=dtype, seed=seed, on_progress=say) as case:
+    with open_case(base, adapter, dtype=dtype, rounding=rounding, seed=seed, on_progress=say) as case:
         verdict = judge_merge(case, merged, prompts=prompts, device=device, on_progress=say)
     return replace(verdict, wall_s=time.monotonic() - start)
 

@@ -25,7 +25,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from runner.checkpoint.conversion import Group
-from runner.verify.elements import is_right
+from runner.verify.chance import Chance
+from runner.verify.elements import is_right, rounded_rows
 from runner.verify.exact import Exact, ExactStored
 from runner.verify.forward import error_of, generates, has_decoder, outputs_of, predicts_tokens
 from runner.verify.models import LOAD_ERRORS, Loaded, Unmerged, first_line, load_folder, quiet
@@ -33,7 +34,7 @@ from runner.verify.prompts import Questions
 from runner.verify.quality import Tally
 from runner.verify.sources import Sources
 from runner.verify.targets import Target, Targets
-from runner.verify.tensors import round_to, row_blocks
+from runner.verify.tensors import row_blocks
 from runner.verify.verdict import Check, Continuation, Layer, Outcome, Quality
 
 LIMIT = 1e-4
@@ -181,14 +182,16 @@ def _fill(model: PreTrainedModel, sources: Sources, targets: Targets, *, rounded
         else:
             loaded = places.get(target.key) if rounded else None
             keep = loaded if loaded is not None and tuple(loaded.shape) == exact.shape else None
-            if not _put(places, target.key, _values(exact, target.dtype if rounded else "F32", keep)):
+            chance = targets.chance(target) if rounded else None
+            if not _put(places, target.key, _values(exact, target.dtype if rounded else "F32", chance, keep)):
                 return target.stored
     for group in groups:
         stored = {}
         for name in group.sources:
             target = targets.required[name]
             exact = _wanted(target, sources, rounded=rounded) or sources.of_stored(name)
-            stored[name] = _values(exact, target.dtype if rounded else "F32")
+            chance = targets.chance(target) if rounded else None
+            stored[name] = _values(exact, target.dtype if rounded else "F32", chance)
         for key, value in sources.fused.join(group, stored).items():
             if not _put(places, key, value):
                 return group.sources[0]
@@ -214,7 +217,7 @@ def _put(places: Mapping[str, torch.Tensor], key: str, value: torch.Tensor) -> b
     return True
 
 
-def _values(exact: Exact, dtype: str, loaded: torch.Tensor | None = None) -> torch.Tensor:
+def _values(exact: Exact, dtype: str, chance: Chance | None, loaded: torch.Tensor | None = None) -> torch.Tensor:
     """Return E, rounded to `dtype`, as float32 in E's shape.
 
     Elements of `loaded` (of that shape) that are right by the bound of the storage layer stay: next to a tie, a right
@@ -224,10 +227,10 @@ def _values(exact: Exact, dtype: str, loaded: torch.Tensor | None = None) -> tor
     old = loaded.to("cpu", torch.float32).view(values.shape) if loaded is not None else None
     for start, stop in row_blocks(exact.shape):
         wanted = exact.rows(start, stop)
-        values[start:stop] = round_to(wanted, dtype).to(torch.float32)
+        values[start:stop] = rounded_rows(wanted, start, dtype, chance).to(torch.float32)
         if old is not None and not torch.equal(values[start:stop], old[start:stop]):
             found, rounded = old[start:stop], values[start:stop]
-            right = is_right(found.view(wanted.shape), exact, start, wanted, dtype).view(rounded.shape)
+            right = is_right(found.view(wanted.shape), exact, start, wanted, dtype, chance).view(rounded.shape)
             values[start:stop] = torch.where(right, found, rounded)
     return values.view(exact.shape)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from runner.checkpoint.layout import Checkpoint
+from runner.verify.chance import Chance
 from runner.verify.elements import Comparison, Deviation, Stored, compare_touched, compare_untouched, same_exact
 from runner.verify.exact import ExactStored
 from runner.verify.models import LOAD_ERRORS, Unmerged, first_line
@@ -96,7 +97,7 @@ def compare_storage(
         info = merged.tensors.get(target.stored)
         if info is None or info.shape != target.shape or info.dtype != target.dtype:
             continue
-        _compare(result, Stored(root=merged.root, info=info), target, sources)
+        _compare(result, Stored(root=merged.root, info=info), target, sources, targets.chance(target))
         on_progress((number + 1) / len(order))
     return result
 
@@ -146,7 +147,7 @@ def _missing_change(result: Storage) -> tuple[str, int]:
     )
 
 
-def _compare(result: Storage, found: Stored, target: Target, sources: Sources) -> None:
+def _compare(result: Storage, found: Stored, target: Target, sources: Sources, chance: Chance | None) -> None:
     name = target.stored
     if not target.is_touched and target.base is not None:
         outcome = compare_untouched(found, target.base)
@@ -161,8 +162,10 @@ def _compare(result: Storage, found: Stored, target: Target, sources: Sources) -
             result.unjudged[name] = f"PEFT's own merge of it fails: {first_line(error)}"
             return
         base = target.same_shape_base
-        outcome = compare_touched(found, exact, base)
-        if outcome.delta_squared == 0.0 and base is not None and same_exact(exact, ExactStored(base.root, base.info)):
+        outcome = compare_touched(found, exact, base, chance)
+        is_nearest = chance is None or (base is not None and found.info.dtype == base.info.dtype)
+        is_still = outcome.delta_squared == 0.0 and base is not None and is_nearest
+        if base is not None and is_still and same_exact(exact, ExactStored(base.root, base.info)):
             # The adapter has no effect here (B = 0, an unchanged bias), so the bytes must be the base's.
             strict = compare_untouched(found, base)
             result.untouched.add(strict)

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 from runner.checkpoint.layout import Checkpoint
 from runner.errors import UnsupportedAdapter
+from runner.rounding import Rounding
 from runner.verify.blueprint import Blueprint
+from runner.verify.chance import Chance, chance_of
 from runner.verify.elements import Stored, same_exact
 from runner.verify.exact import Exact
 from runner.verify.fused import keys_of
@@ -59,12 +61,18 @@ class Targets:
         optional: copies of a tie that still holds: need not be stored, but if they are, they must be right.
         untied: keys that the base ties and the merge must not.
         unmapped: changed parameters whose stored form this judge cannot tell.
+        rounding: of the touched tensors.
     """
 
     required: Mapping[str, Target]
     optional: Mapping[str, Target]
     untied: tuple[str, ...]
     unmapped: tuple[str, ...]
+    rounding: Rounding
+
+    def chance(self, target: Target) -> Chance | None:
+        """Return the draws of a tensor, or None where it is rounded to the nearest."""
+        return chance_of(self.rounding, target.stored, target.dtype) if target.is_touched else None
 
     @property
     def touched(self) -> tuple[Target, ...]:
@@ -72,7 +80,9 @@ class Targets:
         return tuple(target for _, target in sorted(self.required.items()) if target.is_touched)
 
 
-def find_targets(sources: Sources, *, base: Checkpoint, blueprint: Blueprint, dtype: str) -> Targets:
+def find_targets(
+    sources: Sources, *, base: Checkpoint, blueprint: Blueprint, dtype: str, rounding: Rounding
+) -> Targets:
     """Return what the merged folder must hold.
 
     Args:
@@ -80,6 +90,7 @@ def find_targets(sources: Sources, *, base: Checkpoint, blueprint: Blueprint, dt
         base: the base on disk.
         blueprint: its model class.
         dtype: "auto", "bfloat16", "float16" or "float32".
+        rounding: of what the adapter changes.
 
     Raises:
         UnsupportedAdapter: PEFT's own merge of a tied embedding fails.
@@ -125,6 +136,7 @@ def find_targets(sources: Sources, *, base: Checkpoint, blueprint: Blueprint, dt
         optional=optional,
         untied=tuple(untied),
         unmapped=tuple(sorted(touched - mapped - keys_of(sources.computed))),
+        rounding=rounding,
     )
 
 

@@ -14,6 +14,7 @@ import pytest
 from runner.checkpoint.digests import FileDigest, digest_of
 from runner.combination import Combination
 from runner.provenance import AdapterOrigin, adapter_digest, base_digest, manifest, quality_numbers, rounded
+from runner.rounding import Rounding
 from runner.verify.verdict import Check, Layer, Outcome, Quality, Status
 from tests.publish.world import FACTS, origin, verdict
 
@@ -47,7 +48,12 @@ SEVERAL = replace(
 
 @pytest.mark.parametrize("field", [field.name for field in fields(origin())])
 def test_every_field_of_the_origin_changes_the_input_digest(field: str) -> None:
-    other: Any = {"more_adapters": (), "combination": Combination(kind="cat", weights=(1.0, -0.5))}.get(field, "other")
+    others: dict[str, Any] = {
+        "more_adapters": (),
+        "combination": Combination(kind="cat", weights=(1.0, -0.5)),
+        "rounding": Rounding(kind="stochastic", seed=0),
+    }
+    other = others.get(field, "other")
 
     assert replace(SEVERAL, **{field: other}).input_digest() != SEVERAL.input_digest() != origin().input_digest()
 
