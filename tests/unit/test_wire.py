@@ -13,6 +13,7 @@ from runner.checkpoint.digests import FileDigest, MergedCheckpoint
 from runner.combination import Combination
 from runner.errors import AdapterMismatch, Problem, RunnerError, rebuild
 from runner.events import Failed, Job, Judged, Merged, Progress, decode, decode_job, encode
+from runner.rounding import Rounding
 from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
 
 VERDICT = Verdict(
@@ -52,7 +53,8 @@ def test_any_text_and_number_survives_the_pipe(phase: str, done: float, doing: s
 def test_a_job_survives_the_pipe() -> None:
     job = Job(
         base=Path("b"), adapters=(Path("a"), Path("c")), combination=Combination(kind="cat", weights=(1.0, -0.5)),
-        merged=Path("m"), merges=True, verifies=False, dtype="auto", device="cpu", prompts=("one", "two"), seed=3,
+        merged=Path("m"), merges=True, verifies=False, dtype="auto",
+        rounding=Rounding(kind="stochastic", seed=None), device="cpu", prompts=("one", "two"), seed=3,
     )  # fmt: skip
 
     assert decode_job(encode(job)) == job
