@@ -5,7 +5,7 @@ Only questions are asked and inputs are fetched; nothing is written to the targe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from runner.base_identity import departures, named_base
 from runner.checkpoint.layout import read_checkpoint
 from runner.combinable import check_combinable
 from runner.errors import RunnerError
-from runner.hub import Hub, Snapshot, Target, connect
+from runner.hub import Hub, Snapshot, Target, connect, read_patience
 from runner.inputs import Inputs, RepoRef
 from runner.provenance import AdapterOrigin, Origin, adapter_digest, base_digest
 from runner.publish import Release, find_existing
@@ -53,9 +53,18 @@ class Resolved:
         return self.adapters[0]
 
 
-def open_hubs(inputs: Inputs) -> Hubs:
-    """Return the Hub with both tokens; nothing is requested yet."""
-    return Hubs(writing=connect(None, token=inputs.hf_token), reading=connect(None, token=inputs.base_token))
+def open_hubs(inputs: Inputs, environ: Mapping[str, str]) -> Hubs:
+    """Return the Hub with both tokens, as patient as `environ` asks; nothing is requested yet.
+
+    Raises:
+        InputError: see `read_patience`.
+    """
+    timeout_s, patience = read_patience(environ)
+
+    def hub(token: str | None) -> Hub:
+        return connect(None, token=token, timeout_s=timeout_s, patience=patience)
+
+    return Hubs(writing=hub(inputs.hf_token), reading=hub(inputs.base_token))
 
 
 def inspect_target(inputs: Inputs, hubs: Hubs) -> Target | None:

@@ -7,7 +7,7 @@ preflight of a publish. huggingface_hub is imported on first use, because the su
 from runner.hub.client import MANIFEST, Hub, connect
 from runner.hub.preflight import BRANCH, Refs, Target
 from runner.hub.snapshot import RemoteFile, Snapshot, Tree, content_digest
-from runner.hub.transport import Patience
+from runner.hub.transport import Patience, read_patience
 
 __all__ = [
     "BRANCH",
@@ -21,4 +21,5 @@ __all__ = [
     "Tree",
     "connect",
     "content_digest",
+    "read_patience",
 ]

@@ -16,7 +16,7 @@ from runner.errors import HubError, RepoNotFound
 from runner.hub.preflight import BRANCH, Refs, Target, inspect
 from runner.hub.select import Kind
 from runner.hub.snapshot import Download, RemoteFile, Snapshot, Tree
-from runner.hub.transport import Caller, Patience, install_client
+from runner.hub.transport import DEFAULT_TIMEOUT_S, Caller, Patience, install_client
 from runner.reference import RepoRef
 from runner.syntax import is_commit
 
@@ -28,7 +28,6 @@ A = TypeVar("A")
 
 MANIFEST = "merge-manifest.json"
 MAX_MANIFEST_BYTES = 16 << 20
-DEFAULT_TIMEOUT_S = 60.0
 
 
 def connect(

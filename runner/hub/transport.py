@@ -7,19 +7,24 @@ Not covered: a server that sends one byte now and then; each read has a timeout,
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
-from runner.errors import HubUnavailable, PublishConflict, RunnerError
+from runner.errors import HubUnavailable, InputError, Problem, PublishConflict, RunnerError
 from runner.hub.translate import client_errors, pause_hint_s, translate
 
 T = TypeVar("T")
 A = TypeVar("A")
 
 CONNECT_TIMEOUT_S = 20.0
+DEFAULT_TIMEOUT_S = 60.0
+TIMEOUT_VARIABLE = "LORA_MERGE_HUB_TIMEOUT_S"
+DEADLINE_VARIABLE = "LORA_MERGE_HUB_DEADLINE_S"
+FIRST_WAIT_VARIABLE = "LORA_MERGE_HUB_FIRST_WAIT_S"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +42,42 @@ class Patience:
     deadline_s: float = 180.0
     first_wait_s: float = 1.0
     longest_wait_s: float = 20.0
+
+
+def read_patience(environ: Mapping[str, str]) -> tuple[float, Patience]:
+    """Return the longest silence of the Hub in seconds, and the patience, as the environment sets them.
+
+    Args:
+        environ: may hold `LORA_MERGE_HUB_TIMEOUT_S`, `LORA_MERGE_HUB_DEADLINE_S` and `LORA_MERGE_HUB_FIRST_WAIT_S`.
+
+    Raises:
+        InputError: a value is not a number of seconds above 0; all of them at once.
+    """
+    default = Patience()
+    problems: list[Problem] = []
+
+    def seconds(name: str, default_s: float) -> float:
+        text = environ.get(name, "").strip()
+        try:
+            value_s = float(text) if text else default_s
+        except ValueError:
+            value_s = math.nan
+        if not 0 < value_s < math.inf:
+            problems.append(
+                Problem(
+                    what=f"The variable `{name}` is {text!r}.",
+                    why="It is a time in seconds, above 0.",
+                    fix=f"Write a number such as `{default_s:g}`, which is the default, or leave it out.",
+                )
+            )
+        return value_s
+
+    timeout_s = seconds(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_S)
+    deadline_s = seconds(DEADLINE_VARIABLE, default.deadline_s)
+    first_wait_s = seconds(FIRST_WAIT_VARIABLE, default.first_wait_s)
+    if problems:
+        raise InputError(problems)
+    return timeout_s, Patience(deadline_s=deadline_s, first_wait_s=first_wait_s)
 
 
 @lru_cache(maxsize=1)

@@ -16,12 +16,13 @@ from runner.errors import (
     AccessDenied,
     HubError,
     HubUnavailable,
+    InputError,
     NotEnoughDisk,
     PublishConflict,
     RepoNotFound,
     RunnerError,
 )
-from runner.hub import Patience, select
+from runner.hub import Patience, read_patience, select
 from runner.hub.rights import refuse_creation
 from runner.hub.translate import clean, client_errors, pause_hint_s, translate
 from runner.hub.transport import Caller
@@ -223,3 +224,25 @@ def test_the_room_imports_without_its_heavy_client() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_environment_sets_how_long_the_hub_is_waited_for() -> None:
+    assert read_patience({}) == (60.0, Patience())
+    environ = {
+        "LORA_MERGE_HUB_TIMEOUT_S": "5",
+        "LORA_MERGE_HUB_DEADLINE_S": "600",
+        "LORA_MERGE_HUB_FIRST_WAIT_S": "0.1",
+    }
+    assert read_patience(environ) == (5.0, Patience(deadline_s=600.0, first_wait_s=0.1))
+
+
+def test_every_wait_that_is_no_time_is_told() -> None:
+    with pytest.raises(InputError) as caught:
+        read_patience(
+            {"LORA_MERGE_HUB_TIMEOUT_S": "1m", "LORA_MERGE_HUB_DEADLINE_S": "0", "LORA_MERGE_HUB_FIRST_WAIT_S": "inf"}
+        )
+    assert [problem.what for problem in caught.value.problems] == [
+        "The variable `LORA_MERGE_HUB_TIMEOUT_S` is '1m'.",
+        "The variable `LORA_MERGE_HUB_DEADLINE_S` is '0'.",
+        "The variable `LORA_MERGE_HUB_FIRST_WAIT_S` is 'inf'.",
+    ]
