@@ -6,21 +6,29 @@ Equal facts give equal bytes. No local path, time or run is told; a local base o
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
-import yaml
-
+from runner import frontmatter
 from runner.inherited import Inherited
+from runner.loading import Loading
 from runner.markdown import code, escape, table
 from runner.pictures import Picture
-from runner.provenance import MANIFEST, REPORT_FOLDER, AdapterOrigin, MergeFacts, Origin, quality_numbers, rounded
+from runner.provenance import (
+    CHECKSUMS,
+    MANIFEST,
+    REPORT_FOLDER,
+    SIGNATURE,
+    AdapterOrigin,
+    MergeFacts,
+    Origin,
+    quality_numbers,
+    rounded,
+)
 from runner.verify.verdict import Check, Quality, Status, Verdict
 
 OWN_TAG = "lora-merge"
-
-_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9._/-]*")
 
 _QUALITIES = {
     "retention": "of the adapter's change kept by the output dtype",
@@ -47,6 +55,8 @@ class CardFacts:
         verdict: what the judge said.
         pictures: of the verdict, which lie beside the card.
         inherited: metadata of base and adapter.
+        loading: what to import.
+        signed_by: fingerprint of the key that signs the release, or None.
     """
 
     repo_id: str
@@ -57,24 +67,14 @@ class CardFacts:
     verdict: Verdict
     pictures: tuple[Picture, ...] = ()
     inherited: Inherited
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes every text that some YAML parser could take for something else, such as `1e3` or `0x1F`."""
-
-
-def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = None if _PLAIN.fullmatch(text) else '"'
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _quoted)
+    loading: Loading = field(default_factory=Loading)
+    signed_by: str | None = None
 
 
 def make_card(facts: CardFacts) -> bytes:
     """Return README.md: YAML front matter and Markdown, UTF-8."""
     parts = [
-        f"---\n{_front_matter(facts)}---",
+        _front_matter(facts),
         f"# {escape(facts.repo_id.rpartition('/')[2])}",
         _story(facts),
         "## Use",
@@ -92,20 +92,19 @@ def make_card(facts: CardFacts) -> bytes:
 
 def _front_matter(facts: CardFacts) -> str:
     inherited, origin = facts.inherited, facts.origin
-    fields: dict[str, str | list[str] | None] = {
+    fields: dict[str, str | Sequence[str] | None] = {
         "base_model": origin.base_repo_id,
         "base_model_relation": "finetune" if origin.base_repo_id else None,
         "library_name": "transformers",
         "license": inherited.licence,
         "license_name": inherited.licence_name,
         "license_link": inherited.licence_link,
-        "language": list(inherited.languages),
-        "pipeline_tag": inherited.pipeline_tag,
-        "datasets": list(inherited.datasets),
+        "language": inherited.languages,
+        "pipeline_tag": facts.loading.task or inherited.pipeline_tag,
+        "datasets": inherited.datasets,
         "tags": [OWN_TAG, *(tag for tag in inherited.tags if tag != OWN_TAG)],
     }
-    said = {key: value for key, value in fields.items() if value}
-    return yaml.dump(said, Dumper=_Dumper, sort_keys=False, allow_unicode=False, default_flow_style=False, width=10_000)
+    return frontmatter.dump(fields)
 
 
 def _story(facts: CardFacts) -> str:
@@ -127,13 +126,18 @@ def _story(facts: CardFacts) -> str:
 
 
 def _use(facts: CardFacts) -> str:
-    repo_id, tag = json.dumps(facts.repo_id), json.dumps(facts.tag)
+    repo_id, tag, loading = json.dumps(facts.repo_id), json.dumps(facts.tag), facts.loading
+    names = sorted(filter(None, (loading.model, loading.tokenizer)))
+    lines = [
+        f"from transformers import {', '.join(names)}",
+        "",
+        f"model = {loading.model}.from_pretrained({repo_id}, revision={tag})",
+    ]
+    if loading.tokenizer is not None:
+        noun = "processor" if loading.tokenizer == "AutoProcessor" else "tokenizer"
+        lines.append(f"{noun} = {loading.tokenizer}.from_pretrained({repo_id}, revision={tag})")
     return (
-        "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({repo_id}, revision={tag})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({repo_id}, revision={tag})\n"
-        "```\n\n"
+        "```python\n" + "\n".join(lines) + "\n```\n\n"
         f"Pin the tag {code(facts.tag)}, or better the commit that it points to."
     )
 
@@ -184,6 +188,8 @@ def _provenance(facts: CardFacts) -> str:
         ["rounding", code(origin.rounding.text)],
         ["made by", code(f"lora-merge-action {origin.version}")],
     ]
+    if facts.signed_by is not None:
+        rows.append(["signed with the key", code(facts.signed_by)])
     return table(["", ""], rows)
 
 
@@ -215,10 +221,31 @@ def _check_it(facts: CardFacts) -> str:
         *_rounding_rows(origin),
     ]
     return (
-        f"{code(MANIFEST)} lists size and sha256 of every file. "
-        "To judge the merge again, run lora-merge-action with\n\n"
+        f"{code(MANIFEST)} says what the model was made from; {code(CHECKSUMS)} has the sha256 of every file:\n\n"
+        + _commands(facts)
+        + "\n\nTo judge the merge again, run lora-merge-action with\n\n"
         + table(["Input", "Value"], [row for row in rows if row[1]])
     )
+
+
+def _commands(facts: CardFacts) -> str:
+    """Return how the bytes are compared with what was published, as a block for a shell."""
+    lines = [
+        f"hf download {shlex.quote(facts.repo_id)} --revision {shlex.quote(facts.tag)} --local-dir model",
+        f"(cd model && sha256sum --check --quiet {CHECKSUMS})",
+    ]
+    after = ""
+    if facts.signed_by is not None:
+        lines += [
+            "pip install model-signing pyOpenSSL",
+            "python -m model_signing verify key model --signature model/" + SIGNATURE + " \\\n"
+            "    --public_key publisher.pub --ignore_unsigned_files",
+        ]
+        after = (
+            f"\n\nThe publisher's public key does not come from here: {code('sha256sum publisher.pub')} must give "
+            f"{code(facts.signed_by)}."
+        )
+    return "```sh\n" + "\n".join(lines) + "\n```" + after
 
 
 def _base(origin: Origin) -> str:

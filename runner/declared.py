@@ -99,6 +99,12 @@ INPUTS: tuple[InputSpec, ...] = (
     InputSpec(
         name="base-token", description="Token that may read base and adapter, if it is another one.", secret=True
     ),
+    InputSpec(
+        name="signing-key",
+        description="Private key (ECDSA, PEM) that signs the release; else it is not signed.",
+        secret=True,
+        multiline=True,
+    ),
     InputSpec(name="private", description="Whether a repository that is created is private.", default="true"),
     InputSpec(
         name="work-dir", description="Folder for the merged files, where a killed run resumes; else a temporary one."

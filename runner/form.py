@@ -13,6 +13,7 @@ from runner.declared import INPUTS
 from runner.errors import InputError, Problem
 from runner.prompts import read_prompts
 from runner.reference import RepoRef, read_reference
+from runner.signature import SigningKey, read_signing_key
 from runner.sources import nearest
 from runner.syntax import parse_boolean, tag_problem
 from runner.workspace import Workspace
@@ -96,6 +97,11 @@ class Form:
             fix="Name a folder; it is made if it is absent.",
         )
         return path
+
+    def signing_key(self, name: str) -> SigningKey | None:
+        """Return the key that the input holds."""
+        value = self.values.get(name)
+        return self.attempt(lambda: read_signing_key(value)) if value else None
 
     def model(self, name: str) -> RepoRef | None:
         """Return the model that the input names."""

@@ -18,6 +18,7 @@ from runner.errors import InputError, Problem
 from runner.form import Form
 from runner.reference import RepoRef
 from runner.rounding import Rounding
+from runner.signature import SigningKey
 from runner.syntax import repo_id_problem, revision_problem
 from runner.terms import read_rounding
 from runner.workspace import Workspace
@@ -43,6 +44,7 @@ class Inputs:
         device: of the worker.
         hf_token: set whenever `mode` is publish.
         base_token: for reading; the same as `hf_token` unless another is given.
+        signing_key: of the release's signature, or None for none.
         private: for a repository that is created.
         work_dir: absolute, or None for a temporary one.
         report_dir: absolute.
@@ -66,6 +68,7 @@ class Inputs:
     device: Literal["auto", "cuda", "cpu"]
     hf_token: str | None = field(repr=False)
     base_token: str | None = field(repr=False)
+    signing_key: SigningKey | None
     private: bool
     work_dir: Path | None
     report_dir: Path
@@ -78,7 +81,8 @@ class Inputs:
     @property
     def secrets(self) -> tuple[str, ...]:
         """What must never be shown."""
-        return tuple(sorted({token for token in (self.hf_token, self.base_token) if token}))
+        key = self.signing_key.pem if self.signing_key else None
+        return tuple(sorted({secret for secret in (self.hf_token, self.base_token, key) if secret}))
 
     def public(self) -> dict[str, str | bool | int]:
         """Return every input that may be shown, in the order of `action.yml`; "" where none was given.
@@ -176,6 +180,7 @@ def parse(
         device=cast(Literal["auto", "cuda", "cpu"], form.choice("device")),
         hf_token=hf_token,
         base_token=values.get("base-token") or hf_token,
+        signing_key=form.signing_key("signing-key"),
         private=form.boolean("private"),
         work_dir=form.folder("work-dir"),
         report_dir=form.folder("report-dir") or form.workspace.root,

@@ -23,6 +23,8 @@ from runner.verify.verdict import Check, Quality, Verdict
 SCHEMA_VERSION = 1
 CARD = "README.md"
 MANIFEST = "merge-manifest.json"
+CHECKSUMS = "checksums.txt"
+SIGNATURE = "model.sig"
 REPORT_FOLDER = "merge-report/"
 SIGNIFICANT_DIGITS = 2
 NEAREST_ROUNDING = Rounding()
@@ -126,8 +128,34 @@ def released(files: Iterable[FileDigest]) -> tuple[FileDigest, ...]:
 
 
 def is_added_at_publish(path: str) -> bool:
-    """Return whether a file of a release comes on top of the merged folder: card, manifest and pictures."""
-    return path in (CARD, MANIFEST) or path.startswith(REPORT_FOLDER)
+    """Return whether a file comes on top of the merged folder: card, manifest, checksums, signature, pictures."""
+    return path in (CARD, MANIFEST, CHECKSUMS, SIGNATURE) or path.startswith(REPORT_FOLDER)
+
+
+def release_digests(files: Iterable[FileDigest], documents: Mapping[str, bytes]) -> dict[str, str]:
+    """Return path → sha256 of everything in a release, sorted by path.
+
+    Args:
+        files: of the merged folder.
+        documents: what is added to it, by path.
+    """
+    digests = {file.path: file.sha256 for file in released(files)}
+    digests |= {path: hashlib.sha256(content).hexdigest() for path, content in documents.items()}
+    return dict(sorted(digests.items()))
+
+
+def checksums(digests: Mapping[str, str]) -> bytes:
+    """Return checksums.txt as `sha256sum -c` and `actions/attest` read it: UTF-8, one file a line.
+
+    Args:
+        digests: path → sha256, 64 hex digits.
+    """
+    return "".join(_checksum_line(path, sha256) for path, sha256 in digests.items()).encode("utf-8", "surrogateescape")
+
+
+def _checksum_line(path: str, sha256: str) -> str:
+    escaped = path.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+    return f"{'' if escaped == path else chr(92)}{sha256}  {escaped}\n"  # so coreutils marks a name that it escaped
 
 
 def adapter_digest(root: Path) -> str:
@@ -147,17 +175,25 @@ def base_digest(root: Path) -> str:
     return _digest(root, _is_base_file)
 
 
-def manifest(origin: Origin, facts: MergeFacts, verdict: Verdict, files: Iterable[FileDigest]) -> bytes:
+def manifest(
+    origin: Origin,
+    facts: MergeFacts,
+    verdict: Verdict,
+    files: Iterable[FileDigest],
+    *,
+    signed_by: str | None = None,
+) -> bytes:
     """Return merge-manifest.json: UTF-8 JSON with sorted keys; equal for equal arguments.
 
     Args:
         origin: what went in.
         facts: what the merge did.
         verdict: what the judge said; its texts and times are left out.
-        files: of the merged folder; the card and the manifest itself are not listed.
+        files: of the merged folder; what is added at publish is not listed.
+        signed_by: fingerprint of the key that signs the release, or None.
     """
     content = released(files)
-    document = {
+    document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "input_digest": origin.input_digest(),
         "merged_digest": digest_of(content),
@@ -186,6 +222,8 @@ def manifest(origin: Origin, facts: MergeFacts, verdict: Verdict, files: Iterabl
         },
         "files": [asdict(file) for file in content],
     }
+    if signed_by is not None:
+        document["signed_by"] = signed_by
     return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 

@@ -31,6 +31,7 @@ class Record:
     verdict: Verdict | None = None
     pictures: tuple[Picture, ...] = ()
     release: Release | None = None
+    checksums: bytes | None = None
     problems: tuple[Problem, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     peak_rss_bytes: int | None = None
@@ -71,4 +72,5 @@ class Record:
             problems=self.problems,
             phases=tuple(self.timings),
             versions=self.versions,
+            checksums=self.checksums if self.release is not None else None,
         )

@@ -18,6 +18,7 @@ from runner.checkpoint.digests import MergedCheckpoint
 from runner.errors import Problem, RunnerError
 from runner.pictures import Picture, picture_files
 from runner.plan import PlanSummary
+from runner.provenance import CHECKSUMS
 from runner.summary import Published
 from runner.verify.verdict import PASSED, Check, Layer, Outcome, Status, Verdict
 
@@ -43,6 +44,7 @@ class Report:
         problems: why the run ended early.
         phases: (name, seconds) in their order.
         versions: library → version.
+        checksums: `checksums.txt` of the release that this run published; None where it published none.
     """
 
     inputs_public: Mapping[str, str | bool | int]
@@ -57,6 +59,7 @@ class Report:
     problems: tuple[Problem, ...] = ()
     phases: tuple[tuple[str, float], ...] = ()
     versions: Mapping[str, str]
+    checksums: bytes | None = None
 
     def outputs(self) -> dict[str, str]:
         """Return every output of `action.yml`; "" where the run did not reach it. Numbers are written with `repr`."""
@@ -74,6 +77,7 @@ class Report:
             "base-revision": self.base_revision or "",
             "adapter-digest": self.adapter_digest or "",
             "report-path": f"{folder.rstrip('/')}/{JSON_FILE}" if folder else "",
+            "checksums-path": f"{folder.rstrip('/')}/{CHECKSUMS}" if folder and self.checksums else "",
             "retention": _text(quality.retention if quality else None),
             "kl-mean-nats": _text(quality.kl_mean_nats if quality else None),
             "max-probe-error": _text(self._max_probe_error()),
@@ -148,6 +152,7 @@ class Report:
             made = _make_folders(report_dir)
             files = {
                 **picture_files(self.pictures),
+                **({CHECKSUMS: self.checksums} if self.checksums else {}),
                 MARKDOWN_FILE: self.to_markdown(has_files=True).encode("utf-8", "replace"),
                 JSON_FILE: self.to_json().encode("utf-8", "replace"),
             }

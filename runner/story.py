@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runner.card import CardFacts, make_card
+from runner.card import CardFacts
 from runner.checkpoint.digests import MergedCheckpoint, digest_folder, digest_of
+from runner.documents import make_documents, merge_facts
 from runner.errors import LaunchError, PublishError
 from runner.events import Event, Job, Judged, Merged, PhaseStarted, Planned, Progress
 from runner.github import GitHub
@@ -20,7 +21,8 @@ from runner.hub import Target
 from runner.inherited import inherit, read_readme
 from runner.inputs import Inputs
 from runner.launch import Worker
-from runner.pictures import draw, picture_files
+from runner.loading import read_loading
+from runner.pictures import draw
 from runner.plan import PlanSummary
 from runner.preflight import (
     Hubs,
@@ -32,7 +34,7 @@ from runner.preflight import (
     open_hubs,
     resolve,
 )  # fmt: skip
-from runner.provenance import CARD, MANIFEST, REPORT_FOLDER, MergeFacts, manifest, released
+from runner.provenance import CHECKSUMS, released
 from runner.publish import Release, publish
 from runner.record import Record
 from runner.verify.verdict import Verdict
@@ -58,7 +60,7 @@ class Story:
         Raises:
             RunnerError: see the rooms that do the work. A failed verdict raises nothing.
         """
-        hubs = open_hubs(self.inputs)
+        hubs = open_hubs(self.inputs, self.environ)
         cache = self.inputs.cache_dir or self.work.path / "cache"
         with self._phase("preflight"):
             target = inspect_target(self.inputs, hubs)
@@ -169,29 +171,23 @@ class Story:
             )
         if not verdict.passed:
             return
-        facts = MergeFacts(
-            peft_type=plan.peft_type,
-            output_dtype=plan.output_dtype,
-            tensors_merged=plan.tensors_merged,
-            tensors_added=plan.tensors_added,
-            tensors_copied=plan.tensors_copied,
-            tensors_cast=plan.tensors_cast,
-            versions=record.versions,
-        )
+        key = self.inputs.signing_key
+        card = self._card_facts(target, resolved, base, verdict, merged, plan)
         with self._phase("publish"):
+            documents = make_documents(card, merged.files, key=key)
+            if key is not None:
+                self.github.info(f"Signed with the key {key.fingerprint}.")
+            record.checksums = documents[CHECKSUMS]
             record.release = publish(
                 hubs.writing,
                 target=target,
                 folder=merged.root,
                 files=merged.files,
-                documents={
-                    CARD: self._card(target, resolved, base, facts, verdict, merged),
-                    MANIFEST: manifest(resolved.origin, facts, verdict, merged.files),
-                    **picture_files(record.pictures, under=REPORT_FOLDER),
-                },
+                documents=documents,
                 tag=self.inputs.tag,
                 verdict=verdict,
                 input_digest=resolved.origin.input_digest(),
+                signed_by=card.signed_by,
                 private=self.inputs.private,
                 on_existing_tag=self.inputs.on_existing_tag,
                 commit_message=self.inputs.commit_message,
@@ -200,26 +196,27 @@ class Story:
             )
         self.github.info(f"Published {record.release.url}, commit {record.release.commit}.")
 
-    def _card(
+    def _card_facts(
         self,
         target: Target,
         resolved: Resolved,
         base: Path,
-        facts: MergeFacts,
         verdict: Verdict,
         merged: MergedCheckpoint,
-    ) -> bytes:
-        return make_card(
-            CardFacts(
-                repo_id=target.repo_id,
-                tag=self.inputs.tag or "",
-                origin=resolved.origin,
-                facts=facts,
-                merged_digest=digest_of(released(merged.files)),
-                verdict=verdict,
-                pictures=self.record.pictures,
-                inherited=inherit(read_readme(base), *(read_readme(adapter.root) for adapter in resolved.adapters)),
-            )
+        plan: PlanSummary,
+    ) -> CardFacts:
+        key = self.inputs.signing_key
+        return CardFacts(
+            repo_id=target.repo_id,
+            tag=self.inputs.tag or "",
+            origin=resolved.origin,
+            facts=merge_facts(plan, self.record.versions),
+            merged_digest=digest_of(released(merged.files)),
+            verdict=verdict,
+            pictures=self.record.pictures,
+            inherited=inherit(read_readme(base), *(read_readme(adapter.root) for adapter in resolved.adapters)),
+            loading=read_loading(base, merged.root, (file.path for file in merged.files)),
+            signed_by=key.fingerprint if key else None,
         )
 
     def _upload_progress(self) -> Callable[[int, int], None]:

@@ -16,7 +16,7 @@ from runner.checkpoint.digests import FileDigest, digest_of
 from runner.companions import WEIGHT_SUFFIXES
 from runner.errors import PublishError
 from runner.hub import RemoteFile, Tree
-from runner.provenance import CARD, REPORT_FOLDER, is_added_at_publish, released
+from runner.provenance import CARD, SIGNATURE, is_added_at_publish, released
 
 SERVER_OWNED = ".gitattributes"  # the Hub adds rules to it in the commit that needs them
 _LOADED_SUFFIXES = (*WEIGHT_SUFFIXES, ".json", ".model", ".jinja", ".py")
@@ -49,11 +49,12 @@ class Content:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """All files of a release by path, and the digests that name it."""
+    """All files of a release by path, the digests that name it, and the fingerprint of the key that signed it."""
 
     by_path: Mapping[str, Content]
     input_digest: str
     merged_digest: str
+    signed_by: str | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -87,14 +88,18 @@ class Contents:
     def is_adoptable(self, tree: Tree, manifest: Mapping[str, Any] | None) -> bool:
         """Return whether `tree` is this release from a run that did not come to its tag.
 
-        All carried files are equal and nothing is stale. Card, manifest and pictures may differ in measured numbers,
-        which depend on the processor, as long as the manifest names the same inputs and outputs.
+        All carried files are equal and nothing is stale. What is added at publish may differ: in measured numbers,
+        which depend on the processor, and in a signature's random part. The manifest must name the same inputs and
+        outputs and, where this release is signed, the same key.
         """
         if manifest is None or CARD not in tree or self.stale(tree, manifest):
             return False
-        same = manifest.get("input_digest") == self.input_digest and manifest.get("merged_digest") == self.merged_digest
-        return same and all(
-            self.is_same(path, tree.get(path)) for path in self.by_path if not is_added_at_publish(path)
+        wanted = {"input_digest": self.input_digest, "merged_digest": self.merged_digest, "signed_by": self.signed_by}
+        same = all(manifest.get(name) == value for name, value in wanted.items())
+        return (
+            same
+            and (SIGNATURE in tree) == (SIGNATURE in self.by_path)
+            and all(self.is_same(path, tree.get(path)) for path in self.by_path if not is_added_at_publish(path))
         )
 
     def stale(self, tree: Tree, manifest: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -106,12 +111,19 @@ class Contents:
                 for path in tree
                 if path not in self.by_path
                 and path != SERVER_OWNED
-                and (path in earlier or path.startswith(REPORT_FOLDER) or _is_loaded(path))
+                and (path in earlier or is_added_at_publish(path) or _is_loaded(path))
             )
         )
 
 
-def gather(folder: Path, files: Iterable[FileDigest], *, documents: Mapping[str, bytes], input_digest: str) -> Contents:
+def gather(
+    folder: Path,
+    files: Iterable[FileDigest],
+    *,
+    documents: Mapping[str, bytes],
+    input_digest: str,
+    signed_by: str | None = None,
+) -> Contents:
     """Return the release that consists of a merged folder and the documents that go with it.
 
     Raises:
@@ -127,7 +139,7 @@ def gather(folder: Path, files: Iterable[FileDigest], *, documents: Mapping[str,
     for path, content in documents.items():
         digest = hashlib.sha256(content).hexdigest()
         by_path[path] = Content(file=FileDigest(path=path, size_bytes=len(content), sha256=digest), source=content)
-    return Contents(by_path=by_path, input_digest=input_digest, merged_digest=digest_of(carried))
+    return Contents(by_path=by_path, input_digest=input_digest, merged_digest=digest_of(carried), signed_by=signed_by)
 
 
 def contradiction(manifest: Mapping[str, Any], tree: Tree) -> str | None:

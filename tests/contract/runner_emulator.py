@@ -34,7 +34,7 @@ __all__ = ["ID_TOKEN", "ROOT", "RUNTIME_TOKEN", "ContractViolation", "Event", "R
 ROOT = Path(__file__).resolve().parents[2]
 RUNTIME_TOKEN = "runtime-token-3f1c8a52e7d94b06"
 ID_TOKEN = "id-token-request-77b0c2e19d5f4a83"
-SECRET_VARIABLES = ("INPUT_HF-TOKEN", "INPUT_BASE-TOKEN", "HF_TOKEN")
+SECRET_VARIABLES = ("INPUT_HF-TOKEN", "INPUT_BASE-TOKEN", "INPUT_SIGNING-KEY", "HF_TOKEN")
 FILES = ("OUTPUT", "STATE", "STEP_SUMMARY", "ENV", "PATH")
 _PREFIXES = {
     "OUTPUT": "set_output_",
