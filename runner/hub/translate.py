@@ -23,6 +23,9 @@ TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 522, 524})
 
 _TOKENS = re.compile(r"\b(?:hf|api_org|hf_oauth|hf_jwt)_[A-Za-z0-9._-]{6,}|(?i:bearer)\s+\S+")
 _URL_SECRETS = re.compile(r"(https?://)(?:[^/@\s]*@)?([^\s?#'\"<>]*)(?:[?#][^\s'\"<>]*)?")
+# How hf_xet tells a refusal that it has not waited for; it renews an expired token of the storage itself.
+_XET_REFUSAL = re.compile(r"HTTP status client error \((4(?!08|29)\d\d) ")
+_XET_TOKEN = re.compile(r"/xet-(?:write|read)-token/")
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e\u00a0-\uffff]+")
 
 
@@ -179,12 +182,25 @@ def _from_os(error: OSError, doing: str, secrets: tuple[str, ...]) -> RunnerErro
         )
     if error.errno is None and isinstance(error, PermissionError):  # how hf_xet says 401 and 403
         return _from_refusal(403 if "403" in text else 401, text, doing)
+    refused = _XET_REFUSAL.search(text)
+    if error.errno is None and refused is not None:
+        return _from_xet_refusal(refused[1], doing, of_hub=_XET_TOKEN.search(text) is not None)
     if error.errno is None or isinstance(error, ConnectionError):  # a wrong size, a failed transfer
         return _unavailable(doing, "the transfer failed", f"{error.__class__.__name__}: {text}")
     return HubError(
         f"Could not {doing}: {error.__class__.__name__}: {clean(error.strerror, secrets)}.",
         why="A file of the cache or of the release could not be read or written.",
         fix="Check that `cache-dir` and `work-dir` are writable.",
+    )
+
+
+def _from_xet_refusal(status: str, doing: str, *, of_hub: bool) -> RunnerError:
+    if of_hub:  # asked for a token of its storage
+        return _from_refusal(int(status), f"the Hub answered {status} to the request for Xet storage", doing)
+    return HubError(
+        f"Could not {doing}: the Xet storage answered {status}.",
+        why="It refuses these bytes: the storage of the namespace may be full, or the token may not write there.",
+        fix="Look at the storage that is left and at the token's rights, then run again.",
     )
 
 

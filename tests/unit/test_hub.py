@@ -246,3 +246,17 @@ def test_every_wait_that_is_no_time_is_told() -> None:
         "The variable `LORA_MERGE_HUB_DEADLINE_S` is '0'.",
         "The variable `LORA_MERGE_HUB_FIRST_WAIT_S` is 'inf'.",
     ]
+
+
+@pytest.mark.parametrize(
+    "status, family",
+    [(401, AccessDenied), (403, AccessDenied), (404, HubError), (413, HubError), (429, HubUnavailable)],
+)
+def test_a_refused_token_of_the_xet_storage_is_told_as_what_it_is(status: int, family: type[HubError]) -> None:
+    # How hf_xet 1.8 puts it.
+    place = "domain: https://hub.example/api/models/o/n/xet-write-token/main"
+    text = f"Network error: Request error: HTTP status client error ({status} Whatever), {place}"
+
+    storage = ConnectionError(text.replace("api/models/o/n/xet-write-token/main", "v2/shards"))
+    assert type(told(ConnectionError(text))) is family
+    assert type(told(storage)) is (HubUnavailable if status == 429 else HubError)
