@@ -128,6 +128,7 @@ def test_outputs_of_a_release() -> None:
         "base-revision": "b" * 40,
         "adapter-digest": "d" * 64,
         "report-path": "lora-merge-report/report.json",
+        "checksums-path": "",
         "retention": "0.9986",
         "kl-mean-nats": "0.000265",
         "max-probe-error": "7e-13",
