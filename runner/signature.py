@@ -41,6 +41,7 @@ def read_signing_key(pem: str) -> SigningKey:
     Raises:
         InputError: it is none. The text does not repeat any of it.
     """
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -50,7 +51,7 @@ def read_signing_key(pem: str) -> SigningKey:
         raise _unusable(
             "It is protected by a password.", "Store it without one; the secret store protects it."
         ) from None
-    except Exception:  # noqa: BLE001  (the library raises its own OpenSSL errors, which may quote the key)
+    except (ValueError, UnsupportedAlgorithm):  # their texts may quote the key
         raise _unusable("It is not a private key in PEM form, `-----BEGIN` line included.", _MAKE_ONE) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in CURVES:
         kind = key.curve.name if isinstance(key, ec.EllipticCurvePrivateKey) else type(key).__name__.lstrip("_")

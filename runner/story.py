@@ -187,7 +187,6 @@ class Story:
                 tag=self.inputs.tag,
                 verdict=verdict,
                 input_digest=resolved.origin.input_digest(),
-                signed_by=card.signed_by,
                 private=self.inputs.private,
                 on_existing_tag=self.inputs.on_existing_tag,
                 commit_message=self.inputs.commit_message,

@@ -7,6 +7,7 @@ earlier release brought, goes when the new release does not have it.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from runner.checkpoint.digests import FileDigest, digest_of
 from runner.companions import WEIGHT_SUFFIXES
 from runner.errors import PublishError
 from runner.hub import RemoteFile, Tree
-from runner.provenance import CARD, SIGNATURE, is_added_at_publish, released
+from runner.provenance import CARD, MANIFEST, SIGNATURE, is_added_at_publish, released
 
 SERVER_OWNED = ".gitattributes"  # the Hub adds rules to it in the commit that needs them
 _LOADED_SUFFIXES = (*WEIGHT_SUFFIXES, ".json", ".model", ".jinja", ".py")
@@ -116,14 +117,7 @@ class Contents:
         )
 
 
-def gather(
-    folder: Path,
-    files: Iterable[FileDigest],
-    *,
-    documents: Mapping[str, bytes],
-    input_digest: str,
-    signed_by: str | None = None,
-) -> Contents:
+def gather(folder: Path, files: Iterable[FileDigest], *, documents: Mapping[str, bytes], input_digest: str) -> Contents:
     """Return the release that consists of a merged folder and the documents that go with it.
 
     Raises:
@@ -139,7 +133,12 @@ def gather(
     for path, content in documents.items():
         digest = hashlib.sha256(content).hexdigest()
         by_path[path] = Content(file=FileDigest(path=path, size_bytes=len(content), sha256=digest), source=content)
-    return Contents(by_path=by_path, input_digest=input_digest, merged_digest=digest_of(carried), signed_by=signed_by)
+    return Contents(
+        by_path=by_path,
+        input_digest=input_digest,
+        merged_digest=digest_of(carried),
+        signed_by=json.loads(documents[MANIFEST]).get("signed_by"),
+    )
 
 
 def contradiction(manifest: Mapping[str, Any], tree: Tree) -> str | None:

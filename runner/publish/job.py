@@ -40,7 +40,6 @@ def publish(  # noqa: PLR0913 (all by name; each is a fact that only the caller 
     tag: str,
     verdict: Verdict,
     input_digest: str,
-    signed_by: str | None = None,
     private: bool = True,
     on_existing_tag: OnExistingTag = "fail",
     commit_message: str | None = None,
@@ -54,11 +53,10 @@ def publish(  # noqa: PLR0913 (all by name; each is a fact that only the caller 
         target: what the preflight found; its refs are read again.
         folder: the merged folder.
         files: its files, with the digests that were taken while they were written.
-        documents: by path: README.md, merge-manifest.json, and what else is added to the merged folder.
+        documents: by path: README.md, merge-manifest.json, and what lies in `merge-report/`.
         tag: name of the release.
         verdict: must have passed.
         input_digest: of the manifest.
-        signed_by: fingerprint of the key of the signature among `documents`, or None.
         private: for a repository that is created; an existing one keeps its visibility.
         on_existing_tag: what to do when the tag holds something else.
         commit_message: first line is the title; None for a default.
@@ -77,7 +75,7 @@ def publish(  # noqa: PLR0913 (all by name; each is a fact that only the caller 
             why="Only a merge that passed is published. Nothing was written to the Hub.",
             fix="Read the report for the check that failed.",
         )
-    contents = gather(folder, files, documents=documents, input_digest=input_digest, signed_by=signed_by)
+    contents = gather(folder, files, documents=documents, input_digest=input_digest)
     job = _Job(
         hub=hub,
         target=target,

@@ -85,6 +85,7 @@ class World:
         judged: Verdict | None = None,
         card: bytes = CARD,
         pictures: Mapping[str, bytes] | None = None,
+        signed_by: str | None = None,
         before: Callable[[], Any] | None = None,
         **more: Any,
     ) -> Release:
@@ -105,7 +106,7 @@ class World:
             files=files,
             documents={
                 provenance.CARD: card,
-                provenance.MANIFEST: manifest(self.origin, FACTS, judged, files),
+                provenance.MANIFEST: manifest(self.origin, FACTS, judged, files, signed_by=signed_by),
                 **(pictures or {}),
             },
             tag=tag,

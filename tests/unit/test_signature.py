@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -13,14 +14,13 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from runner.errors import InputError
 from runner.signature import read_signing_key, sign
 
-Private = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey
 
-
-def pem_of(key: Private, password: bytes | None = None) -> str:
+def pem_of(key: Any, password: bytes | None = None) -> str:
     sealed: serialization.KeySerializationEncryption = serialization.NoEncryption()
     if password is not None:
         sealed = serialization.BestAvailableEncryption(password)
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, sealed).decode()
+    pem: bytes = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, sealed)
+    return pem.decode()
 
 
 @pytest.mark.parametrize("curve", [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1()], ids=lambda curve: curve.name)
@@ -66,4 +66,4 @@ def test_what_cannot_sign_is_refused_without_being_repeated(pem: str, why: str) 
         read_signing_key(pem)
     assert why in str(caught.value)
     assert not [line for line in pem.splitlines() if line in str(caught.value)]
-    assert caught.value.__suppress_context__
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
