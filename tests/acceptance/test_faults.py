@@ -1,0 +1,27 @@
+"""A sample of the table of faults, run as in docs/faults.md: the whole action as a process, over real sockets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.acceptance.action import Stage
+from tests.acceptance.cases import CASES, PROTOCOLS, SAMPLE, Protocol
+from tests.acceptance.table import run_case
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+def test_the_table_has_at_least_forty_faults_for_each_protocol() -> None:
+    assert len(BY_NAME) == len(CASES)
+    for protocol in PROTOCOLS:
+        assert sum(protocol in case.only for case in CASES) >= 40
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_fault_ends_in_the_release_or_in_a_clear_error_and_a_rerun_releases(
+    name: str, protocol: Protocol, stage: Stage, merged_digest: str, tmp_path: Path
+) -> None:
+    assert run_case(stage, BY_NAME[name], protocol, tmp_path / "case", merged_digest).wrong == ()
