@@ -21,6 +21,9 @@ from runner.errors import (
 MAX_SERVER_TEXT_CHARS = 300
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 522, 524})
 
+_EXPIRED = frozenset({400, 403, 404})  # what storages answer to a signed URL that is too old
+_FULL = re.compile(r"storage|quota|upgrade your plan", re.IGNORECASE)  # in the Hub's own words
+
 _TOKENS = re.compile(r"\b(?:hf|api_org|hf_oauth|hf_jwt)_[A-Za-z0-9._-]{6,}|(?i:bearer)\s+\S+")
 _URL_SECRETS = re.compile(r"(https?://)(?:[^/@\s]*@)?([^\s?#'\"<>]*)(?:[?#][^\s'\"<>]*)?")
 # How hf_xet tells a refusal that it has not waited for; it renews an expired token of the storage itself.
@@ -110,11 +113,35 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _from_status(error: Any, doing: str, secrets: tuple[str, ...], *, uploading: bool) -> RunnerError:
-    from huggingface_hub import errors
-
     status = int(error.response.status_code)
     said = clean(error.server_message or error.response.headers.get("x-error-message") or "", secrets)
     answer = f"the Hub answered {status}" + (f" ({said})" if said else "")
+    hidden = _hidden(error, answer, doing, uploading=uploading)
+    if hidden is not None:
+        return hidden
+    if status in TRANSIENT:
+        return _unavailable(doing, answer, "It is busy, limits the rate of requests, or is down.")
+    if status in (402, 403) and _FULL.search(said):
+        return HubError(
+            f"Could not {doing}: {answer}.",
+            why="The storage of the namespace is full, or its plan does not allow more.",
+            fix="Make room there, or ask its owner for a larger plan; then run again.",
+        )
+    if uploading and status in _EXPIRED:  # an upload's URL is signed and expires: a new attempt gets a new one
+        return _unavailable(doing, answer, "The signed address has expired, or the storage refuses these bytes.")
+    if status in (409, 412):
+        return PublishConflict(
+            f"Could not {doing}: {answer}.",
+            why="Somebody else changed the repository at the same time.",
+            fix="Look at what they did, then run again.",
+        )
+    return _from_refusal(status, answer, doing)
+
+
+def _hidden(error: Any, answer: str, doing: str, *, uploading: bool) -> RunnerError | None:
+    """Return the error for what the token does not see; None for any other."""
+    from huggingface_hub import errors
+
     if isinstance(error, errors.GatedRepoError):
         return AccessDenied(
             f"Could not {doing}: the repository is gated.",
@@ -127,21 +154,13 @@ def _from_status(error: Any, doing: str, secrets: tuple[str, ...], *, uploading:
             why=f"The repository exists, but {answer}.",
             fix="Check the branch, tag or commit after `@` (or `base-revision`).",
         )
-    if isinstance(error, errors.RepositoryNotFoundError) or (status == 404 and not uploading):
+    if isinstance(error, errors.RepositoryNotFoundError) or (error.response.status_code == 404 and not uploading):
         return RepoNotFound(
             f"Could not {doing}: not found.",
             why=f"It does not exist, or this token may not see it; {answer}.",
             fix="Check the spelling `owner/name`, and that the token may read it if it is private.",
         )
-    if status in TRANSIENT or uploading:  # an upload's URL is signed and expires: a new attempt gets a new one
-        return _unavailable(doing, answer, "It is busy, limits the rate of requests, or is down.")
-    if status in (409, 412):
-        return PublishConflict(
-            f"Could not {doing}: {answer}.",
-            why="Somebody else changed the repository at the same time.",
-            fix="Look at what they did, then run again.",
-        )
-    return _from_refusal(status, answer, doing)
+    return None
 
 
 def _from_refusal(status: int, answer: str, doing: str) -> RunnerError:

@@ -98,6 +98,24 @@ def test_a_failed_upload_is_told_by_its_cause_and_tried_again_even_when_its_sign
     assert "Signature" not in str(found)
 
 
+@pytest.mark.parametrize("status, family", [(401, AccessDenied), (413, HubError), (404, HubUnavailable)])
+def test_a_failed_upload_is_tried_again_only_where_another_address_may_help(
+    status: int, family: type[RunnerError]
+) -> None:
+    error = RuntimeError("Error while uploading 'model.safetensors' to the Hub.")
+    error.__cause__ = http_error(status, {"X-Error-Message": "No."}, url="https://cdn.example/blob")
+    assert type(told(error)) is family
+
+
+@pytest.mark.parametrize("status", [402, 403])
+def test_a_full_storage_is_told_as_such(status: int) -> None:
+    words = "Private repository storage limit reached, please upgrade your plan to increase it."
+    found = told(http_error(status, {"X-Error-Message": words}))
+    assert type(found) is HubError
+    assert words in str(found)
+    assert "is full" in str(found)
+
+
 @pytest.mark.parametrize(
     "text",
     [
