@@ -92,9 +92,20 @@ def install_client(timeout_s: float) -> None:
     from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils._http import default_client_factory
 
+    timeout = httpx2.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
+
+    def bound(request: httpx2.Request) -> None:
+        """Give a request that would wait for ever (listings do) the timeouts of all others."""
+        asked = request.extensions.get("timeout", {})
+        request.extensions["timeout"] = {
+            name: limit if asked.get(name) is None else asked[name] for name, limit in timeout.as_dict().items()
+        }
+
     def factory() -> httpx2.Client:
         client: httpx2.Client = default_client_factory()
-        client.timeout = httpx2.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
+        client.timeout = timeout
+        hooks = client.event_hooks
+        client.event_hooks = {**hooks, "request": [*hooks["request"], bound]}
         return client
 
     set_client_factory(factory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -160,6 +161,18 @@ def test_a_silent_hub_ends_in_an_error(world: World) -> None:
     quick = replace(world, timeout_s=0.2, patience=Patience(attempts=2, first_wait_s=0.01))
     with pytest.raises(HubUnavailable, match="did not answer in time"):
         quick.publish()
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["info", "refs", "tree", "create-repo", "preupload", "lfs-batch", "lfs-put", "commit", "create-tag"]
+)
+def test_a_call_that_is_never_answered_is_given_up_and_tried_again(world: World, endpoint: str) -> None:
+    world.hub.fail(endpoint, Kind.SILENT)
+    begin_s = time.monotonic()
+    assert replace(world, timeout_s=0.9).publish().created
+    assert time.monotonic() - begin_s < 15
+    assert world.commits() == 1
+    assert is_released(world)
 
 
 def test_a_commit_that_is_answered_too_late_is_found_and_tagged(world: World) -> None:
