@@ -24,6 +24,7 @@ from tests.parity import models
 
 REPO = "alice/model"
 TAG = "v1.0.0"
+HUNG = 124
 UPLOADS = frozenset({"lfs-put", "lfs-part", "xet-put"})
 LIMITS = Limits(multipart_threshold_bytes=1_600_000, part_size_bytes=1 << 20)
 # Settings that every user has; they make a failing run short.
@@ -85,10 +86,13 @@ class Stage:
     ) -> Ended:
         """Run the action in `folder`, which is made."""
         folder.mkdir()
-        done = subprocess.run(
-            self.command(folder, *flags), cwd=folder, capture_output=True, text=True, timeout=180, check=False,
-            env=self.environ(hub, token, folder, xet=xet) | dict(environ or {}),
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                self.command(folder, *flags), cwd=folder, capture_output=True, text=True, timeout=180, check=False,
+                env=self.environ(hub, token, folder, xet=xet) | dict(environ or {}),
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:  # it was killed
+            return Ended(code=HUNG, log=f"it hung: {error.output!r}", report={})
         return Ended(code=done.returncode, log=done.stdout + done.stderr, report=read_report(folder))
 
 
