@@ -181,10 +181,8 @@ CASES: tuple[Case, ...] = (
 
 # What the tests run; the program that writes docs/faults.md runs them all.
 SAMPLE = (
-    "whoami: 429 once, with Retry-After",
     "ask: 403",
     "send: reset in the body",
     "commit: made, the answer is lost",
     "commit: weights are stored wrong",
-    "create-tag: 500",
 )
