@@ -9,16 +9,17 @@ No torch: the supervisor reads adapters before it downloads a base.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from runner.adapter_fields import check_fields, check_rank
 from runner.checkpoint.layout import TensorFile, TensorInfo, read_tensor_file
 from runner.errors import BrokenAdapter, BrokenCheckpoint, UnsupportedAdapter
 from runner.methods import FACTORS, find_refusal
+from runner.syntax import parse_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -62,9 +63,12 @@ def read_adapter(root: Path) -> Adapter:
         UnsupportedAdapter: a method or option that has no exact merge, or an adapter that changes nothing.
     """
     config = _read_config(root)
+    check_fields(config)
     peft_type = str(config.get("peft_type") or "")
     _check_method(config)
     file = _read_weights(root)
+    if peft_type == "LORA":
+        check_rank(config, (tensor.shape for tensor in file.tensors))
     zeros = _check_values(root, file)
     _check_effect(peft_type, [tensor.name for tensor in file.tensors], zeros)
     base_model = config.get("base_model_name_or_path")
@@ -84,7 +88,7 @@ def _read_config(root: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise _broken(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes.")
-        config = json.loads(path.read_bytes())
+        config = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise BrokenAdapter(
             f"The adapter folder has no {CONFIG_FILE}.",

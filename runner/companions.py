@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.checkpoint.digests import plain_name
 from runner.checkpoint.layout import INDEX_FILE
 from runner.errors import BrokenCheckpoint
+from runner.syntax import parse_json
 
 CONFIG = "config.json"
 TOKENIZER_FILES = frozenset(
@@ -59,7 +61,7 @@ def read_config(root: Path) -> dict[str, Any]:
         BrokenCheckpoint: missing, not JSON, or not an object.
     """
     try:
-        config = json.loads((root / CONFIG).read_bytes())
+        config = parse_json((root / CONFIG).read_bytes())
     except (OSError, ValueError) as error:
         raise BrokenCheckpoint(
             f"The base's {CONFIG} cannot be read: {error.__class__.__name__}.",
@@ -88,7 +90,7 @@ def find_companions(base: Path, adapter: Path, config_edits: Mapping[str, Any]) 
         found = {path: source for path, source in found.items() if path not in TOKENIZER_FILES}
         found |= {name: adapter / name for name in TOKENIZER_FILES if (adapter / name).is_file()}
     return tuple(
-        Companion(path=path, source=source, edits=config_edits if path == CONFIG else {})
+        Companion(path=plain_name(path), source=source, edits=config_edits if path == CONFIG else {})
         for path, source in sorted(found.items())
     )
 
@@ -109,7 +111,7 @@ def edit_json(content: bytes, edits: Mapping[str, Any]) -> bytes:
 
     Order and all other fields stay; `None` removes a key. A key that is nowhere is added at the top level.
     """
-    config = json.loads(content)
+    config = parse_json(content)
     inner = [config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict)]
     for key, value in edits.items():
         owners = [holder for holder in (config, *inner) if key in holder and (holder is config or key in NESTED)]

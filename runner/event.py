@@ -6,12 +6,12 @@ The payload is read as hostile text: most of its fields are written by whoever o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import InputError, Problem
+from runner.syntax import parse_json
 
 MAX_PAYLOAD_BYTES = 32 << 20  # GitHub sends at most 25 MiB
 
@@ -101,8 +101,8 @@ def _read_payload(environ: Mapping[str, str]) -> Mapping[str, object]:
     if len(content) > MAX_PAYLOAD_BYTES:
         raise _broken_payload(f"it is larger than {MAX_PAYLOAD_BYTES} bytes")
     try:
-        payload = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        payload = parse_json(content)
+    except ValueError as error:
         raise _broken_payload(f"it is not JSON ({type(error).__name__})") from error
     if not isinstance(payload, dict):
         raise _broken_payload("it is not a JSON object")

@@ -23,6 +23,9 @@ from runner.errors import BrokenCheckpoint, UnsupportedCheckpoint
 from runner.heads import choose_class, find_labels
 from runner.vocabulary import resized_config
 
+# What transformers and torch say of a config that makes no sense.
+_BUILD_ERRORS = (ValueError, OSError, TypeError, AttributeError, KeyError, ArithmeticError, RuntimeError, MemoryError)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
@@ -107,7 +110,7 @@ def _own_class(checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], Pretraine
             why="A delta added to quantised weights does not survive quantising them again.",
             fix="Set `base-model` to the 16-bit model that it was made from.",
         )
-    if model_class is None or not issubclass(model_class, PreTrainedModel):
+    if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         raise UnsupportedCheckpoint(
             f"The base's architecture is {architecture!r}, which this transformers has no class for.",
             why="Code that comes with a model is never run.",
@@ -115,7 +118,7 @@ def _own_class(checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], Pretraine
         )
     try:
         return model_class, AutoConfig.from_pretrained(str(checkpoint.root), trust_remote_code=False)
-    except (ValueError, OSError, TypeError, AttributeError) as error:
+    except _BUILD_ERRORS as error:
         raise _unbuildable(model_class, error) from error
 
 
@@ -129,7 +132,7 @@ def empty_model(model_class: type[PreTrainedModel], config: PretrainedConfig) ->
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model: PreTrainedModel = model_class._from_config(config)
-    except (ValueError, OSError, TypeError, AttributeError) as error:
+    except _BUILD_ERRORS as error:
         raise _unbuildable(model_class, error) from error
     return model.eval()
 

@@ -8,7 +8,6 @@ Not covered: classes that transformers does not have (refused).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -21,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from runner.adapter import Adapter
 from runner.companions import CONFIG
 from runner.errors import UnsupportedAdapter
+from runner.syntax import parse_json
 
 PREFIX = "base_model.model."
 AUTO_CLASSES: Mapping[str, Any] = MappingProxyType(
@@ -138,7 +138,7 @@ def _fits(model_class: type[PreTrainedModel], config: PretrainedConfig, adapter:
 
 def _own_config(adapter: Adapter) -> dict[str, Any]:
     try:
-        config = json.loads((adapter.root / CONFIG).read_bytes())
+        config = parse_json((adapter.root / CONFIG).read_bytes())
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from runner.errors import InputError, Problem
+from runner.syntax import parse_json
 from runner.workspace import Workspace
 
 MAX_FILE_BYTES = 1 << 20
@@ -95,8 +96,8 @@ def _read_file(name: str, path: Path, shown: str) -> list[str]:
 
 def _json_prompt(name: str, where: str, line: str) -> str:
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        entry = parse_json(line)
+    except ValueError as error:
         raise _bad(name, f"has no JSON in {where}", f"{error}.", "Write one JSON object a line.") from error
     match entry:
         case {"prompt": str(prompt)} if prompt.strip():

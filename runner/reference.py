@@ -75,6 +75,7 @@ def read_reference(name: str, text: str, workspace: Workspace) -> RepoRef:
 def _folder(name: str, text: str, workspace: Workspace) -> Path:
     path = workspace.locate(name, text)
     if path.is_dir():
+        workspace.check_links(name, path)
         return path
     found = "a file" if path.exists() else "missing"
     raise InputError(

@@ -1,4 +1,6 @@
-"""How the things that a user types must be spelled: repositories, revisions, tags, booleans. Pure text, no I/O.
+"""How the things that a user types must be spelled: repositories, revisions, tags, booleans; and JSON of strangers.
+
+Pure text, no I/O.
 
 Each `*_problem` function returns None for a good value, else the reason as the end of a sentence
 ("… is not a tag name: {reason}").
@@ -6,7 +8,9 @@ Each `*_problem` function returns None for a good value, else the reason as the 
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 MAX_REPO_ID_CHARS = 96
 MAX_REVISION_CHARS = 200
@@ -24,6 +28,22 @@ def parse_boolean(value: str) -> bool | None:
     Source: the core schema, which `core.getBooleanInput` of actions/toolkit follows.
     """
     return _BOOLEANS.get(value)
+
+
+def parse_json(content: bytes | str, **options: Any) -> Any:
+    """Return the JSON value in `content`, which anybody may have written.
+
+    Args:
+        content: UTF-8 where it is bytes.
+        options: of `json.loads`.
+
+    Raises:
+        ValueError: it is not JSON, or is nested deeper than Python can follow.
+    """
+    try:
+        return json.loads(content, **options)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def is_commit(revision: str) -> bool:

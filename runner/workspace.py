@@ -7,6 +7,7 @@ workspace) must end there after links and `..` are followed: a checked-out repos
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,37 @@ class Workspace:
                 ]
             )
         return resolved
+
+    def check_links(self, name: str, folder: Path) -> None:
+        """Check that no link in `folder` leads where files of the runner lie; outside a workflow everything may.
+
+        A link may end in the workspace, in the folder itself, or, as the cache of the Hub's client makes them, among
+        the blobs beside the folder.
+
+        Args:
+            name: the input, for the error.
+            folder: absolute, links followed.
+
+        Raises:
+            InputError: a link leads elsewhere.
+        """
+        if not self.is_walled:
+            return
+        allowed = [self.root, folder]
+        if folder.parent.name == "snapshots":
+            allowed.append(folder.parent.parent / "blobs")
+        for link in sorted(path for path in folder.rglob("*") if path.is_symlink()):
+            end = Path(os.path.realpath(link))  # `resolve` raises on a link to itself
+            if not any(end.is_relative_to(root) for root in allowed):
+                raise InputError(
+                    [
+                        Problem(
+                            what=f"`{name}` holds the link {str(link.relative_to(folder))!r}, which leads to {end}.",
+                            why="What it leads to would be read, and could be published, as a part of the model.",
+                            fix="Replace the link by the file that is meant.",
+                        )
+                    ]
+                )
 
     def show(self, path: Path) -> str:
         """Return `path` as a later step can use it: relative to the workspace where it lies inside."""

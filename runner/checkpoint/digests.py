@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.errors import BrokenCheckpoint
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileDigest:
@@ -79,10 +81,29 @@ def digest_file(root: Path, path: str) -> FileDigest:
 
 
 def digest_folder(root: Path) -> tuple[FileDigest, ...]:
-    """Return the digests of every regular file under `root`, sorted by path; `.cache` and `.git` are left out."""
+    """Return the digests of every regular file under `root`, sorted by path; `.cache` and `.git` are left out.
+
+    Raises:
+        BrokenCheckpoint: a file has a name that cannot be written in one line.
+    """
     paths = sorted(
         path.relative_to(root).as_posix()
         for path in root.rglob("*")
         if path.is_file() and not {".cache", ".git"} & set(path.relative_to(root).parts)
     )
-    return tuple(digest_file(root, path) for path in paths)
+    return tuple(digest_file(root, plain_name(path)) for path in paths)
+
+
+def plain_name(path: str) -> str:
+    """Return `path` if it is text of one line, as every list of files needs it.
+
+    Raises:
+        BrokenCheckpoint: it holds a line break, a control character or bytes that are no text.
+    """
+    if path.isprintable():
+        return path
+    raise BrokenCheckpoint(
+        f"A file has the name {path[:200]!r}.",
+        why="A name with a line break or a control character could pass for another file, or for a command in a log.",
+        fix="Rename or remove the file.",
+    )

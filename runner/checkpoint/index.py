@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from runner.checkpoint.layout import INDEX_FILE
+from runner.syntax import parse_json
 
 
 def build_index(base: Path, weight_map: Mapping[str, str], total_bytes: int) -> bytes:
@@ -18,7 +19,7 @@ def build_index(base: Path, weight_map: Mapping[str, str], total_bytes: int) -> 
         total_bytes: of all tensors.
     """
     original = (base / INDEX_FILE).read_bytes()
-    index = json.loads(original)
+    index = parse_json(original)
     if index["weight_map"] == weight_map and index.get("metadata", {}).get("total_size") == total_bytes:
         return original
     kept = {name: weight_map[name] for name in index["weight_map"] if name in weight_map}

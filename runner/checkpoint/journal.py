@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.checkpoint.digests import FileDigest
+from runner.syntax import parse_json
 from runner.wire import from_data, to_data
 
 
@@ -38,6 +39,6 @@ class Journal:
 def read_journal(path: Path) -> Journal | None:
     """Return the journal at `path`; None where there is none, or none that can be read."""
     try:
-        return from_data(Journal, json.loads(path.read_text(encoding="utf-8")))
+        return from_data(Journal, parse_json(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None

@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from runner.errors import BrokenCheckpoint, CheckpointError, UnsupportedCheckpoint
+from runner.syntax import parse_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -130,7 +131,7 @@ def read_weight_map(index: Path) -> Mapping[str, str]:
         BrokenCheckpoint: not JSON, no `weight_map`, or a name that is not a plain `*.safetensors` in the folder.
     """
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = parse_json(index.read_bytes())["weight_map"]
         entries = {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BrokenCheckpoint(
@@ -212,7 +213,7 @@ def _parse_header(name: str, text: bytes) -> tuple[list[tuple[str, Any]], Mappin
         return seen
 
     try:
-        header = json.loads(text, object_pairs_hook=once)
+        header = parse_json(text, object_pairs_hook=once)
     except ValueError as error:
         raise _broken(name, f"its header is not the JSON it must be ({error})") from error
     if not isinstance(header, dict):

@@ -5,7 +5,6 @@ Algorithms are elsewhere: `runner.publish` decides what to write and when.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from runner.hub.select import Kind
 from runner.hub.snapshot import Download, RemoteFile, Snapshot, Tree
 from runner.hub.transport import DEFAULT_TIMEOUT_S, Caller, Patience, install_client
 from runner.reference import RepoRef
-from runner.syntax import is_commit
+from runner.syntax import is_commit, parse_json
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -161,7 +160,7 @@ class Hub:
 
             content = self._caller.read(f"read {MANIFEST} of {repo_id}", fetch)
         try:
-            manifest = json.loads(content)
+            manifest = parse_json(content)
         except ValueError:
             return None
         return manifest if isinstance(manifest, dict) else None

@@ -25,6 +25,7 @@ from runner.hub.outline import write_stand_in
 from runner.hub.select import Kind, check_adapter, companions, weights_or_index
 from runner.hub.transport import Caller
 from runner.reference import RepoRef
+from runner.syntax import parse_json
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -236,7 +237,7 @@ def _stamp(path: Path, file: RemoteFile) -> list[int | str]:
 
 def _read_notes(notes: Path) -> dict[str, Any]:
     try:
-        known = json.loads(notes.read_bytes())
+        known = parse_json(notes.read_bytes())
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}

@@ -6,7 +6,6 @@ Everything here is an ordinary call of those libraries: the judge's reference is
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from runner.errors import AdapterMismatch, BrokenCheckpoint
+from runner.syntax import parse_json
 
 # What transformers, safetensors and torch raise for a folder that they cannot load.
 LOAD_ERRORS = (
@@ -255,7 +255,7 @@ def _units(model: PeftModel) -> dict[str, nn.Module]:
 
 def model_class(root: Path) -> Any:
     """Return the class that config.json names, where transformers has it; else the one for causal models."""
-    config = json.loads((root / "config.json").read_bytes())
+    config = parse_json((root / "config.json").read_bytes())
     name = next(iter(config.get("architectures") or ()), "")
     found = getattr(transformers, str(name), None)
     is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)

@@ -6,7 +6,6 @@ tensor shows in any of them. Without a tokenizer, only random token ids are used
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from runner.syntax import parse_json
 from runner.verify.models import LOAD_ERRORS, quiet
 
 TEXTS = (
@@ -137,7 +137,7 @@ def _messages(prompt: Any) -> list[dict[str, Any]] | None:
     if not prompt.lstrip().startswith('{"messages"'):
         return None
     try:
-        turns = json.loads(prompt)["messages"]
+        turns = parse_json(prompt)["messages"]
         return [{**turn, "content": turn["content"]} for turn in turns] or None
     except (ValueError, KeyError, TypeError):
         return None

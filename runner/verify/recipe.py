@@ -9,7 +9,6 @@ This is the judge's own reading of PEFT's file format; it uses nothing of the me
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 from runner.checkpoint.layout import TensorInfo, read_tensor_file
 from runner.errors import BrokenAdapter, BrokenCheckpoint
+from runner.syntax import parse_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -236,7 +236,7 @@ def read_adapter_config(root: Path) -> dict[str, Any]:
         BrokenAdapter: missing, or not a JSON object.
     """
     try:
-        config = json.loads((root / CONFIG_FILE).read_bytes())
+        config = parse_json((root / CONFIG_FILE).read_bytes())
     except (OSError, ValueError) as error:
         raise _broken(f"{CONFIG_FILE} cannot be read: {error.__class__.__name__}.") from error
     if not isinstance(config, dict):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoint.layout import INDEX_FILE, Checkpoint, TensorInfo
+from runner.syntax import parse_json
 from runner.verify.verdict import Check, Layer, Outcome
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -103,7 +104,7 @@ def _totals(base: Checkpoint, merged: Checkpoint) -> Check:
 
 
 def _total_size(root: Path) -> Any:
-    metadata = json.loads((root / INDEX_FILE).read_bytes()).get("metadata") or {}
+    metadata = parse_json((root / INDEX_FILE).read_bytes()).get("metadata") or {}
     return metadata.get("total_size", _MISSING)
 
 
@@ -209,7 +210,7 @@ def _files(root: Path, names: frozenset[str] | tuple[str, ...]) -> dict[str, byt
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return the JSON object in a file, or None where there is none."""
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

@@ -1,0 +1,123 @@
+"""The fields of an adapter_config.json that decide a merge: each of the type that PEFT means, or refused by name.
+
+PEFT takes what it finds; a rank that is text, a pattern that is a list or an expression that does not compile shows
+as an error deep inside it, and a scaling that is NaN does not show at all. What no field of this table says is left to
+PEFT. No torch.
+
+Source: `peft.PeftConfig`, `LoraConfig` and their subclasses in peft 0.21.2.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from runner.errors import BrokenAdapter
+
+_EXPRESSIONS = ("target_modules", "exclude_modules")  # an expression where they are text, else a list of names
+_PATTERNS = ("rank_pattern", "alpha_pattern")  # their keys are expressions
+
+
+def check_fields(config: Mapping[str, Any]) -> None:
+    """Check every field that this room knows.
+
+    Raises:
+        BrokenAdapter: a field has a value that PEFT cannot mean.
+    """
+    for field, (is_right, wanted) in _FIELDS.items():
+        value = config.get(field)
+        if value is not None and not is_right(value):
+            raise _wrong(field, value, f"It must be {wanted}.")
+    for field, expression in _expressions(config):
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise _wrong(field, expression, f"As a regular expression it is broken: {error}.") from error
+
+
+def check_rank(config: Mapping[str, Any], shapes: Iterable[tuple[int, ...]]) -> None:
+    """Check that the ranks of a LoRA adapter can be those of its tensors.
+
+    PEFT makes room for the ranks before it looks at the tensors, so a rank of a billion would take all memory.
+
+    Raises:
+        BrokenAdapter: a rank is above every dimension of every tensor.
+    """
+    largest = max((size for shape in shapes for size in shape), default=0)
+    ranks = {"r": config.get("r"), **(config.get("rank_pattern") or {})}
+    for name, rank in ranks.items():
+        if isinstance(rank, int) and rank > largest:
+            field = "r" if name == "r" else f"rank_pattern[{name[:80]!r}]"
+            raise _wrong(field, rank, f"No tensor of the adapter has a dimension above {largest}.")
+
+
+def _expressions(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    for field in _EXPRESSIONS:
+        if isinstance(config.get(field), str):
+            yield field, config[field]
+    for field in _PATTERNS:
+        yield from ((field, key) for key in config.get(field) or ())
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _is_list_of(check: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(check(entry) for entry in value)
+
+
+def _is_map_to(check: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(check(entry) for entry in value.values())
+
+
+def _or(*checks: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: any(check(value) for check in checks)
+
+
+_NAMES = (_or(_is_text, _is_list_of(_is_text)), "text or a list of names")
+_FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = MappingProxyType(
+    {
+        "peft_type": (_is_text, "the name of a method, such as LORA"),
+        "task_type": (_is_text, "the name of a task, such as CAUSAL_LM"),
+        "base_model_name_or_path": (_is_text, "text"),
+        "revision": (_is_text, "text"),
+        "r": (_is_rank, "a whole number above 0"),
+        "lora_alpha": (_is_number, "a finite number"),
+        "rank_pattern": (_is_map_to(_is_rank), "an object of whole numbers above 0"),
+        "alpha_pattern": (_is_map_to(_is_number), "an object of finite numbers"),
+        "target_modules": _NAMES,
+        "exclude_modules": _NAMES,
+        "layers_pattern": _NAMES,
+        "modules_to_save": (_is_list_of(_is_text), "a list of names"),
+        "target_parameters": (_is_list_of(_is_text), "a list of names"),
+        "use_rslora": (_is_flag, "true or false"),
+        "use_dora": (_is_flag, "true or false"),
+        "fan_in_fan_out": (_is_flag, "true or false"),
+        "lora_bias": (_is_flag, "true or false"),
+        "bias": (_is_text, "text"),
+    }
+)
+
+
+def _wrong(field: str, value: object, why: str) -> BrokenAdapter:
+    return BrokenAdapter(
+        f"The adapter's config sets `{field}` to {str(value)[:200]!r}.",
+        why=why,
+        fix="Save the adapter again with PEFT; if its config was written by hand, correct that field.",
+    )
