@@ -33,6 +33,7 @@ OWN_TAG = "lora-merge"
 _QUALITIES = {
     "retention": "of the adapter's change kept by the output dtype",
     "effect": "effect of the adapter on the logits (rms, over their std)",
+    "effect_retention": "of the adapter's effect on the logits kept",
     "effect_error": "error of the merged logits, over that effect",
     "kl_mean_nats": "mean KL from unmerged to merged, nats per token",
     "kl_p99_nats": "its 99th percentile",
@@ -146,14 +147,23 @@ def _verification(verdict: Verdict) -> str:
     says = {
         Status.PASS: "The merge was judged before it was published, by code that uses nothing of the merge.",
         Status.PASS_LOSSY: "The merge is exact, but the output dtype kept less than 0.9 of the adapter's change.",
+        Status.NOT_VERIFIED: "A part of the judgement did not run, so nobody knows whether this merge is right. It was "
+        "published because `allow-not-verified` was set.",
     }.get(verdict.status, "The merge did not pass.")
     rows = [_check_row(check) for check in verdict.checks]
     parts = [f"Verdict: **{verdict.status.value.replace('_', ' ')}**. {says}"]
+    if verdict.loosened:
+        parts.append(f"**Loosened limits**: {_loosened(verdict)}.")
     if rows:
         parts.append(table(["Part", "Claim", "Outcome", "Measured", "Limit"], rows))
     if verdict.quality is not None:
         parts.append(_quality(verdict.quality))
     return "\n\n".join(parts)
+
+
+def _loosened(verdict: Verdict) -> str:
+    changes = dict.fromkeys((check.layer, check.loosened_from, check.limit) for check in verdict.loosened)
+    return ", ".join(f"{layer.value.replace('_', ' ')} from {old:g} to {new:g}" for layer, old, new in changes)
 
 
 def _check_row(check: Check) -> list[str]:

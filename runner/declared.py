@@ -120,6 +120,21 @@ INPUTS: tuple[InputSpec, ...] = (
         description="Prompts to verify with beside the built-in ones: one a line, or a .txt or .jsonl file.",
         multiline=True,
     ),
+    InputSpec(
+        name="verify-tolerance",
+        description="Limits of the judgement to loosen, such as end-to-end=1e-3; told in report and card.",
+        multiline=True,
+    ),
+    InputSpec(
+        name="quality-limits",
+        description="Limits on what rounding may cost, such as retention>=0.9 kl-mean-nats<=0.01; else none.",
+        multiline=True,
+    ),
+    InputSpec(
+        name="allow-not-verified",
+        description="Whether to publish, marked as not verified, where a part of the judgement could not run.",
+        default="false",
+    ),
     InputSpec(name="commit-message", description="Message of the commit on the Hub.", multiline=True),
     InputSpec(
         name="on-existing-tag",

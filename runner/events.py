@@ -12,6 +12,7 @@ from pathlib import Path
 from runner.checkpoint.digests import MergedCheckpoint
 from runner.combination import Combination
 from runner.errors import Problem
+from runner.limits import Limits
 from runner.plan import PlanSummary
 from runner.rounding import Rounding
 from runner.verify.verdict import Verdict
@@ -33,6 +34,7 @@ class Job:
         rounding: of the values that the adapter changes.
         device: "auto", "cuda" or "cpu".
         prompts: the user's own, added to the built-in ones.
+        limits: of the judgement, loosened or set.
         seed: of every random probe.
     """
 
@@ -46,6 +48,7 @@ class Job:
     rounding: Rounding
     device: str
     prompts: tuple[str, ...]
+    limits: Limits
     seed: int
 
 

@@ -16,11 +16,12 @@ from runner.combination import Combination
 from runner.declared import INPUTS
 from runner.errors import InputError, Problem
 from runner.form import Form
+from runner.limits import Limits
 from runner.reference import RepoRef
 from runner.rounding import Rounding
 from runner.signature import SigningKey
 from runner.syntax import repo_id_problem, revision_problem
-from runner.terms import read_rounding
+from runner.terms import read_limits, read_rounding
 from runner.workspace import Workspace
 
 __all__ = ["INPUTS", "Inputs", "RepoRef", "given_secrets", "parse", "usage", "wants_help"]
@@ -50,6 +51,8 @@ class Inputs:
         report_dir: absolute.
         cache_dir: absolute, or None for none.
         verify_prompts: literal text, or the JSON text of an object with `messages` (see `runner.prompts`).
+        limits: of the judgement, loosened or set.
+        allow_not_verified: whether to publish where a part of the judgement did not run.
         commit_message: may have several lines.
         on_existing_tag: fail, skip or replace.
         workspace: where relative paths start.
@@ -74,6 +77,8 @@ class Inputs:
     report_dir: Path
     cache_dir: Path | None
     verify_prompts: tuple[str, ...]
+    limits: Limits
+    allow_not_verified: bool
     commit_message: str | None
     on_existing_tag: Literal["fail", "skip", "replace"]
     workspace: Workspace
@@ -121,6 +126,9 @@ class Inputs:
             "report-dir": folder(self.report_dir),
             "cache-dir": folder(self.cache_dir),
             "verify-prompts": len(self.verify_prompts),
+            "verify-tolerance": " ".join(f"{loosened.layer}={loosened.limit!r}" for loosened in self.limits.tolerances),
+            "quality-limits": " ".join(limit.text for limit in self.limits.quality),
+            "allow-not-verified": self.allow_not_verified,
             "commit-message": self.commit_message or "",
             "on-existing-tag": self.on_existing_tag,
         }
@@ -186,6 +194,8 @@ def parse(
         report_dir=form.folder("report-dir") or form.workspace.root,
         cache_dir=form.folder("cache-dir"),
         verify_prompts=form.prompts("verify-prompts"),
+        limits=read_limits(form, mode=mode),
+        allow_not_verified=form.boolean("allow-not-verified"),
         commit_message=values.get("commit-message") or None,
         on_existing_tag=cast(Literal["fail", "skip", "replace"], form.choice("on-existing-tag")),
         workspace=form.workspace,
@@ -213,6 +223,12 @@ def _check_combinations(form: Form, inputs: Inputs, event_problems: Sequence[Pro
             f"`merged-path` is given, but `mode` is `{inputs.mode}`.",
             why="Only `mode: verify` reads an existing merge; the others would ignore it.",
             fix="Set `mode: verify`, or remove `merged-path`.",
+        )
+    if inputs.allow_not_verified and inputs.mode != "publish":
+        form.add(
+            f"`allow-not-verified` is true, but `mode` is `{inputs.mode}`.",
+            why="Nothing is published in this mode, so it would be ignored.",
+            fix="Remove it, or set `mode: publish`.",
         )
     if inputs.mode == "publish":
         _check_publishing(form, inputs, event_problems)

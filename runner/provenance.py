@@ -252,7 +252,7 @@ def quality_numbers(quality: Quality | None) -> dict[str, float | int | None] | 
     for name, value in asdict(quality).items():
         if value is None:
             numbers[name] = None
-        elif name in ("retention", "top1_agreement") and math.isfinite(value):
+        elif name in ("retention", "effect_retention", "top1_agreement") and math.isfinite(value):
             numbers[name] = round(value, 4)
         elif name.startswith("nll_") and math.isfinite(value):
             numbers[name] = round(value, 3)
@@ -268,6 +268,7 @@ def _check(check: Check) -> dict[str, Any]:
         "outcome": check.outcome.value,
         "value": rounded(check.value),
         "limit": check.limit if check.limit is None or math.isfinite(check.limit) else None,
+        **({} if check.loosened_from is None else {"loosened_from": check.loosened_from}),
     }
 
 

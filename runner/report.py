@@ -118,7 +118,7 @@ class Report:
         verdict = self.verdict
         parts = ["## LoRA merge"]
         if verdict is not None:
-            parts.append(summary.headline(verdict.status))
+            parts.append(summary.headline(verdict))
         elif not self.problems and self.release is None:
             parts.append("**Nothing was merged or published.**")
         if self.release is not None:

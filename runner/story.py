@@ -37,7 +37,7 @@ from runner.preflight import (
 from runner.provenance import CHECKSUMS, released
 from runner.publish import Release, publish
 from runner.record import Record
-from runner.verify.verdict import Verdict
+from runner.verify.verdict import Status, Verdict
 from runner.work import WorkFolder
 
 PROGRESS_EVERY_S = 15.0
@@ -100,6 +100,7 @@ class Story:
             rounding=self.inputs.rounding,
             device=self.inputs.device,
             prompts=self.inputs.verify_prompts,
+            limits=self.inputs.limits,
             seed=SEED,
         )
 
@@ -169,7 +170,7 @@ class Story:
                 why="Only a merge that was judged is published. Nothing was written to the Hub.",
                 fix="Look at the lines above; if this is not about your machine, report it with the log.",
             )
-        if not verdict.passed:
+        if not verdict.passed and not self._is_allowed(verdict.status):
             return
         key = self.inputs.signing_key
         card = self._card_facts(target, resolved, base, verdict, merged, plan)
@@ -186,6 +187,7 @@ class Story:
                 documents=documents,
                 tag=self.inputs.tag,
                 verdict=verdict,
+                allow_not_verified=self.inputs.allow_not_verified,
                 input_digest=resolved.origin.input_digest(),
                 private=self.inputs.private,
                 on_existing_tag=self.inputs.on_existing_tag,
@@ -231,7 +233,16 @@ class Story:
 
         return report
 
+    def _is_allowed(self, status: Status | None) -> bool:
+        return status is Status.NOT_VERIFIED and self.inputs.allow_not_verified
+
     def _nothing_to_do(self, release: Release) -> None:
+        if release.status is Status.NOT_VERIFIED and not self.inputs.allow_not_verified:
+            raise PublishError(
+                f"The tag {release.tag} of {release.repo_id} holds this merge, which was not verified.",
+                why="Another run allowed that; this one does not. Nothing was written.",
+                fix="Choose a new tag once the merge can be verified, or set `allow-not-verified: true`.",
+            )
         self.record.release = release
         self.github.info(f"{release.repo_id} has the tag {release.tag} already, on {release.commit}: nothing to do.")
 

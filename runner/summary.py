@@ -21,6 +21,7 @@ _HEADLINES = {
     Status.FAIL: "❌ Not verified: the merged model is not the base with the adapter.",
     Status.NOT_VERIFIED: "❌ Not verified: a part of the judgement did not run.",
 }
+_ONLY_QUALITY = "❌ Below your limits: the merge is exact, but rounding cost more than `quality-limits` allows."
 
 
 class Published(Protocol):
@@ -94,9 +95,17 @@ def release_section(release: Published) -> str:
     return f"{state}: {place}, commit {code(release.commit)}\n\n{block(load)}"
 
 
-def headline(status: Status) -> str:
-    """Return the verdict as one sentence."""
-    return f"**{_HEADLINES[status]}**"
+def headline(verdict: Verdict) -> str:
+    """Return the verdict as one sentence, and what the user loosened."""
+    text = _ONLY_QUALITY if verdict.fails_quality_only else _HEADLINES[verdict.status]
+    loosened = loosened_text(verdict)
+    return f"**{text}**" + (f"\n\n⚠️ Loosened limits: {loosened}." if loosened else "")
+
+
+def loosened_text(verdict: Verdict) -> str:
+    """Return which limits the user loosened, as one line of Markdown; "" for none."""
+    changes = dict.fromkeys((check.layer, check.loosened_from, check.limit) for check in verdict.loosened)
+    return ", ".join(f"{_layer(layer)} from {number(old)} to {number(new)}" for layer, old, new in changes)
 
 
 def verdict_section(verdict: Verdict) -> str:
@@ -117,9 +126,11 @@ def quality_section(quality: Quality) -> str:
         ("Loss on the prompts, nats per token", number(quality.nll_merged_nats), number(quality.nll_base_nats)),
         ("Same most likely token as unmerged", number(quality.top1_agreement), ""),
         ("Effect of the adapter on the logits", number(quality.effect), ""),
+        ("Share of that effect that was kept", number(quality.effect_retention), ""),
         ("Error of the merge relative to that effect", number(quality.effect_error), ""),
     ]
-    note = f"Over {quality.tokens} tokens; unmerged loss {number(quality.nll_unmerged_nats)}. Reported, gates nothing."
+    note = f"Over {quality.tokens} tokens; unmerged loss {number(quality.nll_unmerged_nats)}. "
+    note += "Gates only what `quality-limits` names."
     return "\n\n".join(["### Quality", table(("", "Merged", "Base"), rows), note])
 
 
@@ -203,11 +214,15 @@ def _check_row(check: Check) -> tuple[str, ...]:
     mark = _OUTCOMES[check.outcome]
     return (
         mark,
-        escape(check.layer.value.replace("_", " ")),
+        escape(_layer(check.layer)),
         escape(check.name),
         number(check.value),
         number(check.limit),
     )
+
+
+def _layer(layer: Layer) -> str:
+    return layer.value.replace("_", " ")
 
 
 def _rank(error: float | None) -> float:

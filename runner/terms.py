@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterator, Mapping
+
 from runner.form import Form
+from runner.limits import AT_LEAST, AT_MOST, FIGURES, MOST_TOLERANT, TOLERANCES, Limits, QualityLimit, Tolerance
 from runner.rounding import Rounding
+from runner.sources import nearest
 
 
 def read_rounding(form: Form, *, mode: str) -> Rounding:
@@ -34,3 +40,76 @@ def read_rounding(form: Form, *, mode: str) -> Rounding:
             fix="Set it to such a number, or leave it out for 0.",
         )
     return Rounding(kind=kind, seed=seed)
+
+
+def read_limits(form: Form, *, mode: str) -> Limits:
+    """Return the limits that the user loosened or set."""
+    if mode == "plan":
+        for name in ("verify-tolerance", "quality-limits"):
+            if form.values.get(name):
+                form.add(
+                    f"`{name}` is given, but `mode` is `plan`.",
+                    why="Nothing is judged in this mode, so it would be ignored.",
+                    fix=f"Remove `{name}`, or choose another `mode`.",
+                )
+    return Limits(tolerances=tuple(_tolerances(form)), quality=tuple(_quality(form)))
+
+
+def _tolerances(form: Form) -> Iterator[Tolerance]:
+    for layer, value in _pairs(form, "verify-tolerance", TOLERANCES, "=", "end-to-end=1e-3"):
+        least = TOLERANCES[layer]
+        if least < value <= MOST_TOLERANT:
+            yield Tolerance(layer=layer, limit=value)
+        else:
+            form.add(
+                f"`verify-tolerance` sets `{layer}` to {value:g}.",
+                why=f"It may be loosened from {least:g} up to {MOST_TOLERANT:g}; beyond that, wrong merges pass.",
+                fix="Correct it. A merge that needs more is wrong, or is not a merge of this base and this adapter.",
+            )
+
+
+def _quality(form: Form) -> Iterator[QualityLimit]:
+    for figure, value in _pairs(form, "quality-limits", FIGURES, "<=|>=", "retention>=0.9"):
+        if math.isfinite(value):
+            yield QualityLimit(figure=figure, limit=value)
+        else:
+            form.add(
+                f"`quality-limits` holds {figure!r} against {value}.",
+                why="No finite value could fail it, or none could pass.",
+                fix="Write a number.",
+            )
+
+
+def _pairs(form: Form, name: str, known: Mapping[str, object], sign: str, example: str) -> Iterator[tuple[str, float]]:
+    """Yield (word, number) of every `word SIGN number` in the input; note what is wrong with the others."""
+    text = re.sub(rf"\s*({sign})\s*", r"\1", form.values.get(name, "").replace(",", " "))
+    seen: set[str] = set()
+    for part in text.split():
+        word, found, number, *_ = *re.split(f"({sign})", part, maxsplit=1), "", ""
+        wanted = known.get(word)
+        if wanted is None:
+            match = nearest(word.lower(), known)
+            form.add(
+                f"`{name}` names {word!r}.",
+                why=f"It takes: {', '.join(known)}.",
+                fix=f"Did you mean `{match}`?" if match else f"Write, for example, `{example}`.",
+            )
+        elif (value := _number(number)) is None or (wanted in (AT_LEAST, AT_MOST) and found != wanted):
+            shown = wanted if wanted in (AT_LEAST, AT_MOST) else "="
+            form.add(
+                f"`{name}` holds {part!r}.",
+                why=f"`{word}` is held against one number, with `{shown}`.",
+                fix=f"Write, for example, `{word}{shown}{0.9 if shown == AT_LEAST else 0.001:g}`.",
+            )
+        elif word in seen:
+            form.add(f"`{name}` names `{word}` twice.", why="Only one limit can be meant.", fix="Remove one of them.")
+        else:
+            seen.add(word)
+            yield word, value
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -96,6 +96,7 @@ def run(job: Job, emit: Emit) -> None:
             dtype=job.dtype,
             rounding=job.rounding,
             prompts=job.prompts,
+            limits=job.limits,
             seed=job.seed,
             device=device,
             on_progress=lambda doing, part: emit(Progress(phase="verify", done=part, total=1.0, doing=doing)),

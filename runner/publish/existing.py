@@ -73,7 +73,7 @@ def find_existing(
 
 def _recorded(manifest: Mapping[str, Any]) -> dict[str, Any]:
     match manifest:
-        case {"verdict": {"status": "PASS" | "PASS_LOSSY" as status}, "merged_digest": str(digest)}:
+        case {"verdict": {"status": "PASS" | "PASS_LOSSY" | "NOT_VERIFIED" as status}, "merged_digest": str(digest)}:
             return {"status": Status(status), "merged_digest": digest if _DIGEST.fullmatch(digest) else None}
     return {}
 

@@ -39,6 +39,7 @@ def publish(  # noqa: PLR0913 (all by name; each is a fact that only the caller 
     documents: Mapping[str, bytes],
     tag: str,
     verdict: Verdict,
+    allow_not_verified: bool = False,
     input_digest: str,
     private: bool = True,
     on_existing_tag: OnExistingTag = "fail",
@@ -56,6 +57,7 @@ def publish(  # noqa: PLR0913 (all by name; each is a fact that only the caller 
         documents: by path: README.md, merge-manifest.json, and what lies in `merge-report/`.
         tag: name of the release.
         verdict: must have passed.
+        allow_not_verified: publish, too, where a part of the judgement did not run and nothing failed.
         input_digest: of the manifest.
         private: for a repository that is created; an existing one keeps its visibility.
         on_existing_tag: what to do when the tag holds something else.
@@ -69,7 +71,7 @@ def publish(  # noqa: PLR0913 (all by name; each is a fact that only the caller 
         PublishError: the release is not complete; the text says what is on the Hub.
         HubError: the Hub refused or failed before anything was written.
     """
-    if not verdict.passed:
+    if not verdict.passed and not (allow_not_verified and verdict.status is Status.NOT_VERIFIED):
         raise PublishError(
             f"Nothing is published: the verdict is {verdict.status.value}.",
             why="Only a merge that passed is published. Nothing was written to the Hub.",

@@ -16,8 +16,10 @@ from pathlib import Path
 from runner.checkpoint.layout import Checkpoint, read_checkpoint
 from runner.combination import Several
 from runner.errors import CheckpointError
+from runner.limits import Limits
 from runner.rounding import Rounding
 from runner.verify.case import Case, Progress, open_case, skipped
+from runner.verify.gates import loosen, quality_checks
 from runner.verify.modules import Probe
 from runner.verify.outputs import NEW_TOKENS, judge_outputs
 from runner.verify.prompts import make_questions
@@ -51,6 +53,7 @@ def judge(  # noqa: PLR0913 (all by name; each is a fact that only the caller ha
     dtype: str,
     rounding: Rounding | None = None,
     prompts: Sequence[str] = (),
+    limits: Limits | None = None,
     seed: int = 0,
     device: str = "cpu",
     on_progress: Progress | None = None,
@@ -64,6 +67,7 @@ def judge(  # noqa: PLR0913 (all by name; each is a fact that only the caller ha
         dtype: what the merge was asked for: "auto" (each tensor keeps its own), "bfloat16", "float16", "float32".
         rounding: that the merge was asked for; to the nearest by default.
         prompts: the user's; texts, or chats as the JSON object {"messages": [...]}.
+        limits: that the user loosened or set.
         seed: of all random probes and token ids.
         device: where the models run ("cpu" or "cuda"); everything else is on the CPU.
         on_progress: told (what is being done, share of the whole in 0..1).
@@ -79,7 +83,7 @@ def judge(  # noqa: PLR0913 (all by name; each is a fact that only the caller ha
     if isinstance(found, Check):
         return _verdict(_Findings(checks=_unreadable(found)), seed, start)
     with open_case(base, adapter, dtype=dtype, rounding=rounding, seed=seed, on_progress=say) as case:
-        verdict = judge_merge(case, merged, prompts=prompts, device=device, on_progress=say)
+        verdict = judge_merge(case, merged, prompts=prompts, limits=limits, device=device, on_progress=say)
     return replace(verdict, wall_s=time.monotonic() - start)
 
 
@@ -88,6 +92,7 @@ def judge_merge(
     merged: Path,
     *,
     prompts: Sequence[str] = (),
+    limits: Limits | None = None,
     device: str = "cpu",
     end_to_end: bool = True,
     on_progress: Progress | None = None,
@@ -98,6 +103,7 @@ def judge_merge(
         case: base and adapter, and what the merge was asked for.
         merged: folder to be judged.
         prompts: the user's.
+        limits: that the user loosened or set.
         device: where the models run.
         end_to_end: whether to run that layer, which takes most of the time. Without it nothing passes: the verdict is
             `FAIL` or `NOT_VERIFIED`.
@@ -114,6 +120,8 @@ def judge_merge(
         _judge_models(findings, case, checkpoint, prompts=prompts, device=device, say=say)
     else:
         findings.checks.append(skipped(Layer.END_TO_END, "it was not asked for"))
+    limits = limits or Limits()
+    findings.checks = loosen(findings.checks, limits) + quality_checks(findings.quality, limits)
     say("judged", 1.0)
     return _verdict(findings, case.seed, start)
 
@@ -147,14 +155,16 @@ def _unreadable(check: Check) -> list[Check]:
 def decide(checks: Sequence[Check]) -> Status:
     """Return the status that follows from the checks.
 
-    Any failure fails. A gating layer with a skipped check, or with no check at all, is not verified. What remains is
-    a pass, lossy where the output dtype kept less than `MIN_RETENTION` of the adapter.
+    Any failure fails. A gating layer with a skipped check, or with no check at all, is not verified; nor is a limit on
+    quality whose figure was not measured. What remains is a pass, lossy where the output dtype kept less than
+    `MIN_RETENTION` of the adapter.
     """
     if any(check.outcome is Outcome.FAIL for check in checks):
         return Status.FAIL
     judged = {check.layer for check in checks if check.outcome is not Outcome.SKIPPED}
     skipped = {check.layer for check in checks if check.outcome is Outcome.SKIPPED}
-    if any(layer in skipped or layer not in judged for layer in GATES):
+    unmeasured = any(check.outcome is Outcome.SKIPPED and check.limit is not None for check in checks)
+    if unmeasured or any(layer in skipped or layer not in judged for layer in GATES):
         return Status.NOT_VERIFIED
     lossy = any(check.name == LOSS and check.outcome is Outcome.WARN for check in checks)
     return Status.PASS_LOSSY if lossy else Status.PASS

@@ -1,4 +1,4 @@
-"""Quality: what rounding to the output dtype costs. Reported, with numbers; gates nothing.
+"""Quality: what rounding to the output dtype costs. Reported; gates only what the user's limits name.
 
 All outputs are of float32 computations. KL is KL(unmerged ‖ other) per token, in nats. Figures about tokens exist only
 for models that predict tokens, and the loss on the prompts only for models that read on from them.
@@ -44,6 +44,8 @@ class Tally:
     rows: int = 0
     effect: list[tuple[float, float]] = field(default_factory=list)
     error: list[tuple[float, float]] = field(default_factory=list)
+    kept: float = 0.0
+    moved: float = 0.0
     nll: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("base", "unmerged", "merged"), 0.0))
     predicted: int = 0
 
@@ -53,8 +55,16 @@ class Tally:
         size = rms_and_spread if self.is_language else _rms_and_size
         self.effect.append(size(unmerged, base))
         self.error.append(size(unmerged, merged))
+        self._add_effect(base, unmerged, merged)
         if self.is_language:
             self._add_predictions(ids, base, unmerged, merged)
+
+    def _add_effect(self, base: torch.Tensor, unmerged: torch.Tensor, merged: torch.Tensor) -> None:
+        wanted, found = unmerged.double() - base.double(), merged.double() - base.double()
+        if self.is_language:
+            wanted -= wanted.mean(dim=-1, keepdim=True)
+        self.kept += float((found * wanted).sum())
+        self.moved += float(wanted.square().sum())
 
     def _add_predictions(
         self, ids: torch.Tensor | None, base: torch.Tensor, unmerged: torch.Tensor, merged: torch.Tensor
@@ -84,6 +94,7 @@ class Tally:
             retention=retention,
             effect=moved / spread if spread > 0 else 0.0,
             effect_error=off / moved if moved > 0 else 0.0,
+            effect_retention=self.kept / self.moved if self.moved > 0 else 1.0,
             kl_mean_nats=None if kl is None else float(kl.mean()),
             kl_p99_nats=None if kl is None else float(kl.quantile(0.99)),
             kl_base_mean_nats=None if kl is None else float(torch.cat(self.kl_base).mean()),

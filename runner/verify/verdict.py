@@ -55,6 +55,7 @@ class Check:
         value: the measured number, or None where there is none.
         limit: what `value` was held against, or None.
         detail: one sentence; on a failure it names the worst tensor, index, expected and found.
+        loosened_from: the built-in limit, where the user loosened it.
     """
 
     layer: Layer
@@ -63,6 +64,7 @@ class Check:
     value: float | None = None
     limit: float | None = None
     detail: str = ""
+    loosened_from: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,8 @@ class Quality:
         retention: over all changed tensors together; 1.0 is everything.
         effect: centred rms of unmerged − base logits over the std of the unmerged logits.
         effect_error: centred rms of merged − unmerged logits over the rms of unmerged − base.
+        effect_retention: <merged − base, unmerged − base>/‖unmerged − base‖² over all logits, centred: the share of the
+            adapter's effect on the outputs that was kept.
         kl_mean_nats: mean KL(unmerged ‖ merged) per token.
         kl_p99_nats: its 99th percentile.
         kl_base_mean_nats: mean KL(unmerged ‖ base), for comparison.
@@ -118,6 +122,7 @@ class Quality:
     retention: float
     effect: float
     effect_error: float
+    effect_retention: float
     kl_mean_nats: float | None
     kl_p99_nats: float | None
     kl_base_mean_nats: float | None
@@ -157,6 +162,16 @@ class Verdict:
     def passed(self) -> bool:
         """Whether the merge may be published."""
         return self.status in PASSED
+
+    @property
+    def loosened(self) -> tuple[Check, ...]:
+        """The checks whose limit the user loosened."""
+        return tuple(check for check in self.checks if check.loosened_from is not None)
+
+    @property
+    def fails_quality_only(self) -> bool:
+        """Whether the merge is right, and misses nothing but the user's limits on quality."""
+        return bool(self.failures) and all(check.layer is Layer.QUALITY for check in self.failures)
 
     @property
     def failures(self) -> tuple[Check, ...]:

@@ -9,7 +9,6 @@ import pytest
 from runner.combination import KINDS, MAJORITIES, PRUNING
 from runner.errors import InputError, Problem
 from runner.inputs import INPUTS, Inputs, RepoRef, given_secrets, parse, usage, wants_help
-from runner.rounding import Rounding
 
 TOKEN = "hf_localtokenlocaltoken"
 GOOD = {"adapter-path": "owner/adapter", "target-repo": "owner/merged", "tag": "v1.0.0", "hf-token": TOKEN}
@@ -269,26 +268,3 @@ def test_help_tells_every_input() -> None:
 
 def test_a_commit_message_may_have_lines() -> None:
     assert read({"commit-message": "one\n\ntwo\n"}).commit_message == "one\n\ntwo"
-
-
-def test_reads_the_rounding() -> None:
-    assert read().rounding == Rounding()
-    assert read({"rounding": "stochastic"}).rounding == Rounding(kind="stochastic", seed=0)
-    assert read({"rounding": "stochastic", "rounding-seed": "7"}).public()["rounding-seed"] == "7"
-    judged = read({"rounding": "stochastic", "mode": "verify", "merged-path": "owner/merged2"})
-    assert judged.rounding == Rounding(kind="stochastic", seed=None)
-
-
-@pytest.mark.parametrize(
-    "values, text",
-    [
-        ({"rounding-seed": "1"}, "`rounding` is `nearest`"),
-        ({"rounding": "stochastic", "dtype": "float32"}, "nothing is left to be rounded"),
-        ({"rounding": "stochastic", "rounding-seed": "-1"}, "whole number"),
-        ({"rounding": "stochastic", "rounding-seed": "1e3"}, "whole number"),
-        ({"rounding": "stochastic", "rounding-seed": str(1 << 63)}, "whole number"),
-        ({"rounding": "stochastik"}, "`stochastic`"),
-    ],
-)
-def test_tells_what_is_wrong_with_the_rounding(values: dict[str, str], text: str) -> None:
-    assert text in only_problem(values)

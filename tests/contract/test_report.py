@@ -45,6 +45,7 @@ QUALITY = Quality(
     retention=0.9986,
     effect=0.51,
     effect_error=0.01,
+    effect_retention=0.99,
     kl_mean_nats=2.65e-4,
     kl_p99_nats=1e-3,
     kl_base_mean_nats=0.92,

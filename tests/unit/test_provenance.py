@@ -28,6 +28,7 @@ QUALITY = Quality(
     retention=0.99987654,
     effect=0.123456,
     effect_error=0.00123456,
+    effect_retention=0.99,
     kl_mean_nats=1.23456e-5,
     kl_p99_nats=math.nan,
     kl_base_mean_nats=0.5,

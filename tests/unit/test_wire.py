@@ -13,6 +13,7 @@ from runner.checkpoint.digests import FileDigest, MergedCheckpoint
 from runner.combination import Combination
 from runner.errors import AdapterMismatch, Problem, RunnerError, rebuild
 from runner.events import Failed, Job, Judged, Merged, Progress, decode, decode_job, encode
+from runner.limits import Limits, QualityLimit, Tolerance
 from runner.rounding import Rounding
 from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
 
@@ -21,7 +22,8 @@ VERDICT = Verdict(
     checks=(Check(layer=Layer.STORAGE, name="n", outcome=Outcome.WARN, value=1, limit=None, detail="d"),),
     modules=(ModuleRow(name="m", tensor="t", probe_error=None, delta_ratio=0.1, retention=0.5),),
     quality=Quality(
-        retention=1, effect=2, effect_error=3, kl_mean_nats=4, kl_p99_nats=5, kl_base_mean_nats=6, top1_agreement=7,
+        retention=1, effect=2, effect_error=3, effect_retention=0.99,
+        kl_mean_nats=4, kl_p99_nats=5, kl_base_mean_nats=6, top1_agreement=7,
         nll_base_nats=8, nll_unmerged_nats=9, nll_merged_nats=10, tokens=11,
     ),
     continuations=(Continuation(prompt="p", base="b", unmerged="u", merged="m"),),
@@ -54,7 +56,12 @@ def test_a_job_survives_the_pipe() -> None:
     job = Job(
         base=Path("b"), adapters=(Path("a"), Path("c")), combination=Combination(kind="cat", weights=(1.0, -0.5)),
         merged=Path("m"), merges=True, verifies=False, dtype="auto",
-        rounding=Rounding(kind="stochastic", seed=None), device="cpu", prompts=("one", "two"), seed=3,
+        rounding=Rounding(kind="stochastic", seed=None), device="cpu", prompts=("one", "two"),
+        limits=Limits(
+            tolerances=(Tolerance(layer="semantics", limit=1e-5),),
+            quality=(QualityLimit(figure="retention", limit=0.9),),
+        ),
+        seed=3,
     )  # fmt: skip
 
     assert decode_job(encode(job)) == job

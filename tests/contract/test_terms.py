@@ -1,0 +1,69 @@
+"""The inputs on whose terms a merge is made and judged: rounding, tolerances, limits on quality."""
+
+from __future__ import annotations
+
+import pytest
+
+from runner.limits import Limits
+from runner.rounding import Rounding
+from tests.contract.test_inputs import only_problem, read, workspace  # noqa: F401  (a fixture)
+
+
+def test_reads_the_rounding() -> None:
+    assert read().rounding == Rounding()
+    assert read({"rounding": "stochastic"}).rounding == Rounding(kind="stochastic", seed=0)
+    assert read({"rounding": "stochastic", "rounding-seed": "7"}).public()["rounding-seed"] == "7"
+    judged = read({"rounding": "stochastic", "mode": "verify", "merged-path": "owner/merged2"})
+    assert judged.rounding == Rounding(kind="stochastic", seed=None)
+
+
+@pytest.mark.parametrize(
+    "values, text",
+    [
+        ({"rounding-seed": "1"}, "`rounding` is `nearest`"),
+        ({"rounding": "stochastic", "dtype": "float32"}, "nothing is left to be rounded"),
+        ({"rounding": "stochastic", "rounding-seed": "-1"}, "whole number"),
+        ({"rounding": "stochastic", "rounding-seed": "1e3"}, "whole number"),
+        ({"rounding": "stochastic", "rounding-seed": str(1 << 63)}, "whole number"),
+        ({"rounding": "stochastik"}, "`stochastic`"),
+    ],
+)
+def test_tells_what_is_wrong_with_the_rounding(values: dict[str, str], text: str) -> None:
+    assert text in only_problem(values)
+
+
+def test_reads_the_limits() -> None:
+    limits = read(
+        {
+            "verify-tolerance": "end-to-end = 1e-3, semantics=1e-5",
+            "quality-limits": "retention>=0.9\nkl-mean-nats <= 0.01",
+        }
+    ).limits
+
+    assert [(found.layer, found.limit) for found in limits.tolerances] == [("end-to-end", 1e-3), ("semantics", 1e-5)]
+    assert [found.text for found in limits.quality] == ["retention>=0.9", "kl-mean-nats<=0.01"]
+    assert read().limits == Limits()
+    assert read({"quality-limits": "retention>=0.9"}).public()["quality-limits"] == "retention>=0.9"
+    assert read({"allow-not-verified": "true"}).allow_not_verified
+
+
+@pytest.mark.parametrize(
+    "values, text",
+    [
+        ({"verify-tolerance": "storage=1"}, "It takes: semantics, end-to-end"),
+        ({"verify-tolerance": "end-to-end=0.5"}, "wrong merges pass"),
+        ({"verify-tolerance": "end-to-end=1e-5"}, "loosened from 0.0001"),
+        ({"verify-tolerance": "end-to-end=nan"}, "loosened from 0.0001"),
+        ({"verify-tolerance": "end-to-end"}, "one number"),
+        ({"verify-tolerance": "end-to-end=1e-3 end-to-end=1e-3"}, "twice"),
+        ({"quality-limits": "retension>=0.9"}, "Did you mean `retention`"),
+        ({"quality-limits": "retention<=0.9"}, "with `>=`"),
+        ({"quality-limits": "retention>=much"}, "one number"),
+        ({"quality-limits": "kl-mean-nats<=inf"}, "Write a number"),
+        ({"quality-limits": "retention>=0.9", "mode": "plan"}, "Nothing is judged"),
+        ({"allow-not-verified": "true", "mode": "plan"}, "Nothing is published"),
+        ({"allow-not-verified": "perhaps"}, "`true` or `false`"),
+    ],
+)
+def test_tells_what_is_wrong_with_the_limits(values: dict[str, str], text: str) -> None:
+    assert text in only_problem(values)
