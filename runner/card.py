@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from runner import frontmatter
+from runner.canvas import Picture
 from runner.inherited import Inherited
 from runner.loading import Loading
 from runner.markdown import code, escape, table
-from runner.pictures import Picture
 from runner.provenance import (
     CHECKSUMS,
     MANIFEST,
@@ -40,6 +40,7 @@ _QUALITIES = {
     "kl_base_mean_nats": "mean KL from unmerged to base, for comparison",
     "top1_agreement": "tokens with the same most likely successor",
     "tokens": "tokens compared",
+    "perplexity_ratio": "perplexity of the publisher's text, merged over unmerged",
 }
 
 
@@ -153,17 +154,12 @@ def _verification(verdict: Verdict) -> str:
     rows = [_check_row(check) for check in verdict.checks]
     parts = [f"Verdict: **{verdict.status.value.replace('_', ' ')}**. {says}"]
     if verdict.loosened:
-        parts.append(f"**Loosened limits**: {_loosened(verdict)}.")
+        parts.append(f"**Loosened limits**: {verdict.loosened_text}.")
     if rows:
         parts.append(table(["Part", "Claim", "Outcome", "Measured", "Limit"], rows))
     if verdict.quality is not None:
         parts.append(_quality(verdict.quality))
     return "\n\n".join(parts)
-
-
-def _loosened(verdict: Verdict) -> str:
-    changes = dict.fromkeys((check.layer, check.loosened_from, check.limit) for check in verdict.loosened)
-    return ", ".join(f"{layer.value.replace('_', ' ')} from {old:g} to {new:g}" for layer, old, new in changes)
 
 
 def _check_row(check: Check) -> list[str]:
@@ -179,7 +175,7 @@ def _check_row(check: Check) -> list[str]:
 
 def _quality(quality: Quality) -> str:
     numbers = quality_numbers(quality) or {}
-    rows = [[escape(text), "" if numbers[name] is None else f"{numbers[name]:g}"] for name, text in _QUALITIES.items()]
+    rows = [[escape(text), f"{numbers[name]:g}"] for name, text in _QUALITIES.items() if numbers[name] is not None]
     return "What rounding to the output dtype costs (reported, not judged):\n\n" + table(["Quality", "Value"], rows)
 
 

@@ -131,6 +131,10 @@ INPUTS: tuple[InputSpec, ...] = (
         multiline=True,
     ),
     InputSpec(
+        name="eval-text",
+        description="Text file whose perplexity is measured for base, unmerged and merged model.",
+    ),
+    InputSpec(
         name="allow-not-verified",
         description="Whether to publish, marked as not verified, where a part of the judgement could not run.",
         default="false",

@@ -34,6 +34,7 @@ class Job:
         rounding: of the values that the adapter changes.
         device: "auto", "cuda" or "cpu".
         prompts: the user's own, added to the built-in ones.
+        eval_text: a text whose perplexity is to be measured; "" for none.
         limits: of the judgement, loosened or set.
         seed: of every random probe.
     """
@@ -48,6 +49,7 @@ class Job:
     rounding: Rounding
     device: str
     prompts: tuple[str, ...]
+    eval_text: str
     limits: Limits
     seed: int
 

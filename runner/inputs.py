@@ -21,7 +21,7 @@ from runner.reference import RepoRef
 from runner.rounding import Rounding
 from runner.signature import SigningKey
 from runner.syntax import repo_id_problem, revision_problem
-from runner.terms import read_limits, read_rounding
+from runner.terms import read_eval_text, read_limits, read_rounding
 from runner.workspace import Workspace
 
 __all__ = ["INPUTS", "Inputs", "RepoRef", "given_secrets", "parse", "usage", "wants_help"]
@@ -52,6 +52,7 @@ class Inputs:
         cache_dir: absolute, or None for none.
         verify_prompts: literal text, or the JSON text of an object with `messages` (see `runner.prompts`).
         limits: of the judgement, loosened or set.
+        eval_text: content of a text file whose perplexity is measured, or "".
         allow_not_verified: whether to publish where a part of the judgement did not run.
         commit_message: may have several lines.
         on_existing_tag: fail, skip or replace.
@@ -78,6 +79,7 @@ class Inputs:
     cache_dir: Path | None
     verify_prompts: tuple[str, ...]
     limits: Limits
+    eval_text: str = field(repr=False)
     allow_not_verified: bool
     commit_message: str | None
     on_existing_tag: Literal["fail", "skip", "replace"]
@@ -92,7 +94,8 @@ class Inputs:
     def public(self) -> dict[str, str | bool | int]:
         """Return every input that may be shown, in the order of `action.yml`; "" where none was given.
 
-        Paths inside the workspace are relative to it; of the prompts only their number is told.
+        Paths inside the workspace are relative to it; of the prompts only their number is told, and of
+        the text for the perplexity its length in characters.
         """
 
         def model(ref: RepoRef | None) -> str:
@@ -128,6 +131,7 @@ class Inputs:
             "verify-prompts": len(self.verify_prompts),
             "verify-tolerance": " ".join(f"{loosened.layer}={loosened.limit!r}" for loosened in self.limits.tolerances),
             "quality-limits": " ".join(limit.text for limit in self.limits.quality),
+            "eval-text": len(self.eval_text),
             "allow-not-verified": self.allow_not_verified,
             "commit-message": self.commit_message or "",
             "on-existing-tag": self.on_existing_tag,
@@ -195,6 +199,7 @@ def parse(
         cache_dir=form.folder("cache-dir"),
         verify_prompts=form.prompts("verify-prompts"),
         limits=read_limits(form, mode=mode),
+        eval_text=read_eval_text(form, mode=mode),
         allow_not_verified=form.boolean("allow-not-verified"),
         commit_message=values.get("commit-message") or None,
         on_existing_tag=cast(Literal["fail", "skip", "replace"], form.choice("on-existing-tag")),

@@ -24,6 +24,7 @@ FIGURES: Mapping[str, str] = MappingProxyType(
         "kl-p99-nats": AT_MOST,
         "nll-increase-nats": AT_MOST,
         "top1-agreement": AT_LEAST,
+        "perplexity-ratio": AT_MOST,
     }
 )
 

@@ -249,10 +249,13 @@ def quality_numbers(quality: Quality | None) -> dict[str, float | int | None] | 
     if quality is None:
         return None
     numbers: dict[str, float | int | None] = {}
-    for name, value in asdict(quality).items():
+    perplexity = quality.perplexity
+    found = {name: value for name, value in asdict(quality).items() if name not in ("perplexity", "prompts")}
+    found["perplexity_ratio"] = perplexity.ratio if perplexity is not None else None
+    for name, value in found.items():
         if value is None:
             numbers[name] = None
-        elif name in ("retention", "effect_retention", "top1_agreement") and math.isfinite(value):
+        elif name in ("retention", "effect_retention", "top1_agreement", "perplexity_ratio") and math.isfinite(value):
             numbers[name] = round(value, 4)
         elif name.startswith("nll_") and math.isfinite(value):
             numbers[name] = round(value, 3)

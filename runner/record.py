@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from runner.canvas import Picture
 from runner.checkpoint.digests import MergedCheckpoint
 from runner.errors import Problem
 from runner.inputs import Inputs
-from runner.pictures import Picture
 from runner.plan import PlanSummary
 from runner.provenance import Origin
 from runner.publish import Release

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from runner import summary
+from runner.canvas import Picture
 from runner.checkpoint.digests import MergedCheckpoint
 from runner.errors import Problem, RunnerError
-from runner.pictures import Picture, picture_files
+from runner.pictures import picture_files
 from runner.plan import PlanSummary
 from runner.provenance import CHECKSUMS
 from runner.summary import Published

@@ -6,14 +6,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
+from runner.canvas import Picture
 from runner.errors import Problem
 from runner.markdown import block, code, details, escape, table
-from runner.pictures import Picture
 from runner.plan import PlanSummary
 from runner.provenance import REPORT_FOLDER
 from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
 
 WORST_MODULES = 5
+_LONGEST_PROMPT, _LONGEST_ANSWER, _MOST_TOLD = 300, 600, 20  # characters, and problems or notes
 _OUTCOMES = {Outcome.PASS: "✅", Outcome.FAIL: "❌", Outcome.WARN: "⚠️", Outcome.SKIPPED: "⏭️"}
 _HEADLINES = {
     Status.PASS: "✅ Verified: the merged model is the base with the adapter, correctly rounded.",
@@ -82,8 +83,9 @@ def problems_section(problems: Sequence[Problem]) -> str:
     """Return what went wrong, why, and what to do."""
     parts = [
         f"**{escape(problem.what)}**\n\n- Why: {escape(problem.why)}\n- Fix: {escape(problem.fix)}"
-        for problem in problems
+        for problem in problems[:_MOST_TOLD]
     ]
+    parts += [f"… and {len(problems) - _MOST_TOLD} more, in report.json."] if len(problems) > _MOST_TOLD else []
     return "\n\n".join(["### Problems" if len(problems) > 1 else "### Problem", *parts])
 
 
@@ -98,14 +100,8 @@ def release_section(release: Published) -> str:
 def headline(verdict: Verdict) -> str:
     """Return the verdict as one sentence, and what the user loosened."""
     text = _ONLY_QUALITY if verdict.fails_quality_only else _HEADLINES[verdict.status]
-    loosened = loosened_text(verdict)
+    loosened = verdict.loosened_text
     return f"**{text}**" + (f"\n\n⚠️ Loosened limits: {loosened}." if loosened else "")
-
-
-def loosened_text(verdict: Verdict) -> str:
-    """Return which limits the user loosened, as one line of Markdown; "" for none."""
-    changes = dict.fromkeys((check.layer, check.loosened_from, check.limit) for check in verdict.loosened)
-    return ", ".join(f"{_layer(layer)} from {number(old)} to {number(new)}" for layer, old, new in changes)
 
 
 def verdict_section(verdict: Verdict) -> str:
@@ -129,7 +125,14 @@ def quality_section(quality: Quality) -> str:
         ("Share of that effect that was kept", number(quality.effect_retention), ""),
         ("Error of the merge relative to that effect", number(quality.effect_error), ""),
     ]
+    if quality.perplexity is not None:
+        found = quality.perplexity
+        rows.append(("Perplexity of your text", number(found.merged), number(found.base)))
     note = f"Over {quality.tokens} tokens; unmerged loss {number(quality.nll_unmerged_nats)}. "
+    if quality.perplexity is not None:
+        found, cut = quality.perplexity, ", the beginning of it" if quality.perplexity.is_cut else ""
+        note += f"Your text: {found.tokens} tokens{cut}; unmerged perplexity {number(found.unmerged)}, "
+        note += f"merged over unmerged {found.ratio:.5g}. "
     note += "Gates only what `quality-limits` names."
     return "\n\n".join(["### Quality", table(("", "Merged", "Base"), rows), note])
 
@@ -161,12 +164,13 @@ def modules_section(modules: Sequence[ModuleRow]) -> str:
 
 
 def continuations_section(continuations: Sequence[Continuation]) -> str:
-    """Return what base, unmerged and merged model say after each prompt."""
+    """Return what base, unmerged and merged model say after each prompt, side by side."""
     parts = []
     for item in continuations:
-        parts.append(f"**Prompt**\n\n{block(item.prompt)}")
-        for name, text in (("Base", item.base), ("Unmerged", item.unmerged), ("Merged", item.merged)):
-            parts.append(f"{name}\n\n{block(text)}")
+        same = "word for word the same" if item.merged == item.unmerged else "not the same"
+        parts.append(f"**After** {_lines(item.prompt, _LONGEST_PROMPT)} (merged and unmerged: {same})")
+        answers = [_lines(text, _LONGEST_ANSWER) for text in (item.base, item.unmerged, item.merged)]
+        parts.append(table(("Base", "Unmerged", "Merged"), [answers]))
     return details(f"Continuations of {len(continuations)} prompts", "\n\n".join(parts))
 
 
@@ -184,7 +188,8 @@ def plan_section(plan: PlanSummary) -> str:
         ("Disk needed", size(plan.disk_bytes)),
         ("Peak memory, estimated from above", size(plan.peak_memory_bytes)),
     ]
-    notes = "".join(f"\n- {escape(note)}" for note in plan.notes)
+    notes = "".join(f"\n- {escape(note)}" for note in plan.notes[:_MOST_TOLD])
+    notes += f"\n- … and {len(plan.notes) - _MOST_TOLD} more, in report.json" if len(plan.notes) > _MOST_TOLD else ""
     return f"### Plan\n\n{table(('', ''), rows)}" + (f"\n{notes}" if notes else "")
 
 
@@ -219,6 +224,12 @@ def _check_row(check: Check) -> tuple[str, ...]:
         number(check.value),
         number(check.limit),
     )
+
+
+def _lines(text: str, longest: int) -> str:
+    """Return a text as one table cell with its line breaks, cut."""
+    shown = text if len(text) <= longest else f"{text[:longest]}…"
+    return "<br>".join(escape(line) for line in shown.splitlines()) or "(nothing)"
 
 
 def _layer(layer: Layer) -> str:

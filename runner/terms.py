@@ -11,6 +11,8 @@ from runner.limits import AT_LEAST, AT_MOST, FIGURES, MOST_TOLERANT, TOLERANCES,
 from runner.rounding import Rounding
 from runner.sources import nearest
 
+MAX_TEXT_BYTES = 1 << 20  # far more than the tokens of it that are read
+
 
 def read_rounding(form: Form, *, mode: str) -> Rounding:
     """Return how merged values are rounded; without a seed only where an existing merge is judged."""
@@ -53,6 +55,47 @@ def read_limits(form: Form, *, mode: str) -> Limits:
                     fix=f"Remove `{name}`, or choose another `mode`.",
                 )
     return Limits(tolerances=tuple(_tolerances(form)), quality=tuple(_quality(form)))
+
+
+def read_eval_text(form: Form, *, mode: str) -> str:
+    """Return the content of the file that `eval-text` names; "" for none."""
+    value = form.values.get("eval-text", "")
+    if not value:
+        if "perplexity-ratio" in form.values.get("quality-limits", ""):
+            form.add(
+                "`quality-limits` names `perplexity-ratio`, and `eval-text` is missing.",
+                why="The perplexity is that of a text of yours; there is none built in.",
+                fix="Set `eval-text` to a text file, or remove that limit.",
+            )
+        return ""
+    if mode == "plan":
+        form.add(
+            "`eval-text` is given, but `mode` is `plan`.",
+            why="Nothing is judged in this mode, so it would be ignored.",
+            fix="Remove `eval-text`, or choose another `mode`.",
+        )
+    path = form.attempt(lambda: form.workspace.locate("eval-text", value))
+    if path is None:
+        return ""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_TEXT_BYTES)
+        text = content.decode("utf-8-sig", "ignore" if len(content) == MAX_TEXT_BYTES else "strict").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"it is not UTF-8, {error}"
+        form.add(
+            f"`eval-text` is {value!r}, which cannot be read.",
+            why=f"{reason}.",
+            fix="Name a text file in the workspace, saved as UTF-8.",
+        )
+        return ""
+    if not text:
+        form.add(
+            f"`eval-text` is {value!r}, which holds no text.",
+            why="There is nothing to predict.",
+            fix="Name another file, or remove `eval-text`.",
+        )
+    return text
 
 
 def _tolerances(form: Form) -> Iterator[Tolerance]:

@@ -1,10 +1,11 @@
-"""Write the tables of README.md and docs/errors.md, and action-types.yml, from what they describe.
+"""Write the tables of README.md and docs/errors.md, action-types.yml and the report's schema from what they describe.
 
     python -m tools.tables           rewrite them
     python -m tools.tables --check   say which is out of date, and fail
 
 A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; its sources are action.yml and
-runner/errors.py. action-types.yml is written whole, see `tools.typings`.
+runner/errors.py. Two files are written whole: action-types.yml, see `tools.typings`, and docs/report.schema.json, see
+`tools.schema`.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from pathlib import Path
 import yaml
 
 from runner.errors import EXIT_CANCELLED, EXIT_INTERNAL, EXIT_VERDICT_FAILED, RunnerError
+from tools.schema import render_schema
 from tools.typings import render_types
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("README.md", "docs/errors.md", "action-types.yml")
 TYPES = "action-types.yml"
+SCHEMA = "docs/report.schema.json"
+FILES = ("README.md", "docs/errors.md", TYPES, SCHEMA)
 BLOCK = re.compile(r"(?P<open><!-- table: (?P<name>[a-z-]+) -->\n).*?(?P<close><!-- end table -->)", re.DOTALL)
 
 
@@ -41,6 +44,8 @@ def main(arguments: list[str]) -> int:
 
 def wanted(name: str, text: str) -> str:
     """Return what the file `name`, which holds `text` now, is to hold."""
+    if name == SCHEMA:
+        return render_schema()
     return render_types(list(read_action()["outputs"])) if name == TYPES else render(text)
 
 

@@ -15,9 +15,20 @@ from pathlib import Path
 import torch
 
 from runner.checkpoint.layout import TensorInfo
+from runner.verify.alternatives import Gauge
 from runner.verify.chance import Chance
 from runner.verify.exact import Exact
-from runner.verify.tensors import FLOATS, read_bytes, read_rows, round_to, row_blocks, row_count, same_bits, ulp
+from runner.verify.tensors import (
+    FLOATS,
+    read_bytes,
+    read_rows,
+    round_to,
+    row_blocks,
+    row_count,
+    rows_of,
+    same_bits,
+    ulp,
+)
 from runner.verify.verdict import ERROR_BIN_ULPS, ERROR_BINS
 
 SAMPLE_ELEMENTS = 1 << 16  # of each tensor, for the histogram of rounding errors
@@ -61,6 +72,7 @@ class Comparison:
         changed: elements on disk that are not W.
         has_base: whether there is a W of the same shape; without one, every element counts as changed.
         errors: |x' − E| in ulp over a sample of the elements, counted in the bins of `verdict.ERROR_BINS`.
+        gauge: what other dtypes would make of it.
     """
 
     violations: int = 0
@@ -73,6 +85,7 @@ class Comparison:
     changed: int = 0
     has_base: bool = True
     errors: list[int] = field(default_factory=lambda: [0] * ERROR_BINS)
+    gauge: Gauge = field(default_factory=Gauge)
 
     @property
     def retention(self) -> float:
@@ -136,6 +149,8 @@ def compare_untouched(found: Stored, base: Stored) -> Comparison:
         if found.info.dtype == base.info.dtype:
             left = read_bytes(found.root, found.info, start, stop)
             if left == read_bytes(base.root, base.info, start, stop):
+                if found.info.dtype in FLOATS and left:
+                    result.gauge.look(rows_of(left, found.info.dtype))
                 continue
         _compare_cast(result, found, base, start, stop)
     return result
@@ -258,6 +273,8 @@ def _measure_delta(result: Comparison, wanted: torch.Tensor, stored: torch.Tenso
     # Differences are taken in float64, where they are exact; float32 is enough for sums that are only reported.
     base = base.double()
     delta = (wanted - base).float().flatten()
+    result.gauge.measure(wanted, base, delta)
+    result.gauge.look(stored)
     kept = stored.double().sub_(base).float().flatten()
     result.changed += int(torch.count_nonzero(kept))
     result.kept += float(torch.dot(kept, delta))

@@ -54,5 +54,7 @@ def figure(quality: Quality, name: str) -> float | None:
     if name == "nll-increase-nats":
         merged, unmerged = quality.nll_merged_nats, quality.nll_unmerged_nats
         return None if merged is None or unmerged is None else merged - unmerged
+    if name == "perplexity-ratio":
+        return None if quality.perplexity is None else quality.perplexity.ratio
     value: float | None = getattr(quality, name.replace("-", "_"))
     return value

@@ -18,14 +18,15 @@ from runner.combination import Several
 from runner.errors import CheckpointError
 from runner.limits import Limits
 from runner.rounding import Rounding
+from runner.verify.alternatives import advice
 from runner.verify.case import Case, Progress, open_case, skipped
 from runner.verify.gates import loosen, quality_checks
 from runner.verify.modules import Probe
 from runner.verify.outputs import NEW_TOKENS, judge_outputs
-from runner.verify.prompts import make_questions
+from runner.verify.prompts import Questions, make_questions
 from runner.verify.storage import Storage, compare_storage, judge_storage
 from runner.verify.structure import judge_structure
-from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
+from runner.verify.verdict import Alternative, Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
 
 MIN_RETENTION = 0.9
 LOSS = "the output dtype keeps the adapter"
@@ -42,6 +43,7 @@ class _Findings:
     rounding_errors: tuple[int, ...] = ()
     retention: float = 1.0
     quality: Quality | None = None
+    alternatives: tuple[Alternative, ...] = ()
     continuations: tuple[Continuation, ...] = ()
 
 
@@ -53,6 +55,7 @@ def judge(  # noqa: PLR0913 (all by name; each is a fact that only the caller ha
     dtype: str,
     rounding: Rounding | None = None,
     prompts: Sequence[str] = (),
+    eval_text: str = "",
     limits: Limits | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -67,6 +70,7 @@ def judge(  # noqa: PLR0913 (all by name; each is a fact that only the caller ha
         dtype: what the merge was asked for: "auto" (each tensor keeps its own), "bfloat16", "float16", "float32".
         rounding: that the merge was asked for; to the nearest by default.
         prompts: the user's; texts, or chats as the JSON object {"messages": [...]}.
+        eval_text: a text whose perplexity is to be measured; "" for none.
         limits: that the user loosened or set.
         seed: of all random probes and token ids.
         device: where the models run ("cpu" or "cuda"); everything else is on the CPU.
@@ -83,7 +87,9 @@ def judge(  # noqa: PLR0913 (all by name; each is a fact that only the caller ha
     if isinstance(found, Check):
         return _verdict(_Findings(checks=_unreadable(found)), seed, start)
     with open_case(base, adapter, dtype=dtype, rounding=rounding, seed=seed, on_progress=say) as case:
-        verdict = judge_merge(case, merged, prompts=prompts, limits=limits, device=device, on_progress=say)
+        verdict = judge_merge(
+            case, merged, prompts=prompts, eval_text=eval_text, limits=limits, device=device, on_progress=say
+        )
     return replace(verdict, wall_s=time.monotonic() - start)
 
 
@@ -92,6 +98,7 @@ def judge_merge(
     merged: Path,
     *,
     prompts: Sequence[str] = (),
+    eval_text: str = "",
     limits: Limits | None = None,
     device: str = "cpu",
     end_to_end: bool = True,
@@ -103,6 +110,7 @@ def judge_merge(
         case: base and adapter, and what the merge was asked for.
         merged: folder to be judged.
         prompts: the user's.
+        eval_text: the user's, too.
         limits: that the user loosened or set.
         device: where the models run.
         end_to_end: whether to run that layer, which takes most of the time. Without it nothing passes: the verdict is
@@ -117,7 +125,8 @@ def judge_merge(
     findings = _Findings(checks=[Check(layer=Layer.STRUCTURE, name=READABLE, outcome=Outcome.PASS)])
     _judge_files(findings, case, checkpoint, say)
     if end_to_end:
-        _judge_models(findings, case, checkpoint, prompts=prompts, device=device, say=say)
+        questions = _questions(case, checkpoint, prompts, eval_text)
+        _judge_models(findings, case, checkpoint, questions=questions, device=device, say=say)
     else:
         findings.checks.append(skipped(Layer.END_TO_END, "it was not asked for"))
     limits = limits or Limits()
@@ -134,6 +143,7 @@ def _verdict(findings: _Findings, seed: int, start: float) -> Verdict:
         modules=findings.modules,
         rounding_errors=findings.rounding_errors,
         quality=findings.quality,
+        alternatives=findings.alternatives,
         continuations=findings.continuations,
         seed=seed,
         wall_s=time.monotonic() - start,
@@ -184,17 +194,15 @@ def _judge_files(findings: _Findings, case: Case, merged: Checkpoint, say: Progr
     findings.checks.extend(case.semantics())
     findings.modules = _rows(case, storage, case.probes)
     findings.rounding_errors = storage.rounding_errors
+    findings.alternatives = storage.alternatives
     findings.retention = storage.retention
     findings.checks.append(_retention(storage))
 
 
 def _judge_models(
-    findings: _Findings, case: Case, merged: Checkpoint, *, prompts: Sequence[str], device: str, say: Progress
+    findings: _Findings, case: Case, merged: Checkpoint, *, questions: Questions, device: str, say: Progress
 ) -> None:
     say("end to end", 0.4)
-    questions = make_questions(
-        merged.root, rows=_embedding_rows(case), max_tokens=_max_tokens(case), prompts=prompts, seed=case.seed
-    )
     outputs = judge_outputs(
         unmerged=case.unmerged,
         merged=merged.root,
@@ -234,8 +242,7 @@ def _retention(storage: Storage) -> Check:
     lossy = storage.has_delta and kept < MIN_RETENTION
     detail = (
         f"Of the adapter's change of the weights, {kept:.1%} survived rounding; the merge itself is exact. "
-        "`dtype: float16` keeps about 8 times finer steps (its range ends at 65504, which is checked); "
-        "`dtype: float32` keeps everything."
+        f"{advice(storage.alternatives)}"
     )
     return Check(
         layer=Layer.QUALITY,
@@ -244,6 +251,17 @@ def _retention(storage: Storage) -> Check:
         value=kept,
         limit=MIN_RETENTION,
         detail=detail if lossy else "",
+    )
+
+
+def _questions(case: Case, merged: Checkpoint, prompts: Sequence[str], eval_text: str) -> Questions:
+    return make_questions(
+        merged.root,
+        rows=_embedding_rows(case),
+        max_tokens=_max_tokens(case),
+        prompts=prompts,
+        seed=case.seed,
+        eval_text=eval_text,
     )
 
 

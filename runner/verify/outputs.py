@@ -30,7 +30,7 @@ from runner.verify.elements import is_right, rounded_rows
 from runner.verify.exact import Exact, ExactStored
 from runner.verify.forward import error_of, generates, has_decoder, outputs_of, predicts_tokens
 from runner.verify.models import LOAD_ERRORS, Loaded, Unmerged, first_line, load_folder, quiet
-from runner.verify.prompts import Questions
+from runner.verify.prompts import Purpose, Questions
 from runner.verify.quality import Tally
 from runner.verify.sources import Sources
 from runner.verify.targets import Target, Targets
@@ -110,7 +110,7 @@ def judge_outputs(
         return Outputs(checks=tuple(checks), quality=None, continuations=())
     finally:
         unmerged.model.to("cpu")
-    quality = tally.quality(retention)
+    quality = tally.quality(retention, is_cut=questions.is_cut)
     checks.append(_power(quality.effect))
     return Outputs(checks=tuple(checks), quality=quality, continuations=continuations)
 
@@ -125,19 +125,19 @@ class _Kept:
 
 def _compare(unmerged: Unmerged, model: PreTrainedModel, questions: Questions) -> tuple[Tally, _Kept]:
     reference = unmerged.model.get_base_model()
-    is_language = predicts_tokens(model)
     reads_on = generates(model) and not has_decoder(model)
-    tally, kept = Tally(is_language=is_language), _Kept(unmerged=[], merged=[])
+    tally, kept = Tally(is_language=predicts_tokens(model), reads_on=reads_on), _Kept(unmerged=[], merged=[])
     has_text = any(sequence.is_text for sequence in questions.sequences)
     for sequence in questions.sequences:
-        kept.unmerged.append(outputs_of(reference, sequence))
-        kept.merged.append(outputs_of(model, sequence))
+        ours, theirs = outputs_of(reference, sequence), outputs_of(model, sequence)
+        if sequence.purpose is Purpose.COMPARISON:
+            kept.unmerged.append(ours)
+            kept.merged.append(theirs)
         with quiet(), unmerged.model.disable_adapter():
             plain = outputs_of(reference, sequence)
         if sequence.is_text or not has_text:
-            outputs = (plain, kept.unmerged[-1], kept.merged[-1])
-            width = min(found.shape[-1] for found in outputs)
-            tally.add(sequence.ids if reads_on else None, *(found[:, :width] for found in outputs))
+            width = min(found.shape[-1] for found in (plain, ours, theirs))
+            tally.add(sequence, plain[:, :width], ours[:, :width], theirs[:, :width])
     return tally, kept
 
 
@@ -148,7 +148,7 @@ def _worst(
         return _check(name, f"the loaded model has no place for {misplaced}")
     worst, label = 0.0, ""
     is_language = predicts_tokens(model)
-    for number, sequence in enumerate(questions.sequences):
+    for number, sequence in enumerate(questions.compared):
         error = error_of(wanted, outputs_of(model, sequence), number, is_language=is_language)
         if not error <= worst:  # a NaN is the worst there is
             worst, label = error, sequence.label

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ RANDOM_SEQUENCES = 4
 RANDOM_LENGTH = 48
 MAX_TOKENS = 128
 CONTINUED = 3
+EVAL_WINDOW = 512  # tokens of the user's text that are read at once
+EVAL_TOKENS = 16384  # of it that are read at all: 30 windows
+
+
+class Purpose(Enum):
+    """What a sequence is run for."""
+
+    COMPARISON = "comparison"
+    EVALUATION = "evaluation"  # a window of the user's text, whose perplexity is wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +59,13 @@ class TokenSequence:
         label: how to show it: the text's start.
         ids: one row of token ids, int64, shape (tokens,).
         is_text: whether it is language, and not random ids.
+        purpose: what it is run for.
     """
 
     label: str
     ids: torch.Tensor
     is_text: bool
+    purpose: Purpose = Purpose.COMPARISON
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +77,19 @@ class Questions:
         continued: those to be continued for the human reader.
         tokenizer: to read the answers with, or None.
         skipped: user prompts that could not be used, with the reason.
+        is_cut: whether the user's text was longer than what is run.
     """
 
     sequences: tuple[TokenSequence, ...]
     continued: tuple[TokenSequence, ...]
     tokenizer: Any
     skipped: tuple[str, ...]
+    is_cut: bool = False
+
+    @property
+    def compared(self) -> tuple[TokenSequence, ...]:
+        """The sequences on which the models are compared; they come first."""
+        return tuple(sequence for sequence in self.sequences if sequence.purpose is Purpose.COMPARISON)
 
     def text(self, ids: torch.Tensor) -> str:
         """Return generated ids as text."""
@@ -79,7 +98,9 @@ class Questions:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def make_questions(folder: Path, *, rows: int, max_tokens: int, prompts: Sequence[str], seed: int) -> Questions:
+def make_questions(
+    folder: Path, *, rows: int, max_tokens: int, prompts: Sequence[str], seed: int, eval_text: str = ""
+) -> Questions:
     """Return the questions for a model.
 
     Args:
@@ -88,6 +109,7 @@ def make_questions(folder: Path, *, rows: int, max_tokens: int, prompts: Sequenc
         max_tokens: that the model can take.
         prompts: the user's: texts, or chats as the JSON object {"messages": [...]}.
         seed: of the random ids.
+        eval_text: the user's, whose perplexity is wanted; "" for none.
     """
     tokenizer = _tokenizer(folder)
     length = max(2, min(MAX_TOKENS, max_tokens))
@@ -103,11 +125,13 @@ def make_questions(folder: Path, *, rows: int, max_tokens: int, prompts: Sequenc
     ours = [made for text in built_in if (made := _sequence(tokenizer, text, rows, length)) is not None]
     noise = list(_random(rows, min(length, RANDOM_LENGTH), seed))
     texts = own + ours
+    windows, is_cut = _windows(tokenizer, eval_text, rows, max(2, min(EVAL_WINDOW, max_tokens)))
     return Questions(
-        sequences=(*texts, *noise),
+        sequences=(*texts, *noise, *windows),
         continued=tuple((texts or noise)[:CONTINUED]),
         tokenizer=tokenizer,
         skipped=tuple(skipped),
+        is_cut=is_cut,
     )
 
 
@@ -129,6 +153,26 @@ def _sequence(tokenizer: Any, prompt: Any, rows: int, length: int) -> TokenSeque
         return None
     label = str(chat[-1]["content"]) if chat is not None else str(prompt)
     return TokenSequence(label=label, ids=torch.tensor(ids[:length]), is_text=True)
+
+
+def _windows(tokenizer: Any, text: str, rows: int, length: int) -> tuple[list[TokenSequence], bool]:
+    """Return a text in windows of at most `length` tokens, and whether it was longer than what is run."""
+    if tokenizer is None or not text:
+        return [], False
+    try:
+        with quiet():  # it warns that the text is longer than the model takes
+            ids = tokenizer(text)["input_ids"]
+    except LOAD_ERRORS:
+        return [], False
+    if max(ids, default=rows) >= rows:
+        return [], False
+    parts = [ids[start : start + length] for start in range(0, min(len(ids), EVAL_TOKENS), length)]
+    windows = [
+        TokenSequence(label="your text", ids=torch.tensor(part), is_text=True, purpose=Purpose.EVALUATION)
+        for part in parts
+        if len(part) > 1
+    ]
+    return windows, len(ids) > EVAL_TOKENS
 
 
 def _messages(prompt: Any) -> list[dict[str, Any]] | None:

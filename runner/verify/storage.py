@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from runner.checkpoint.layout import Checkpoint
+from runner.verify.alternatives import Gauge, alternatives
 from runner.verify.chance import Chance
 from runner.verify.elements import Comparison, Deviation, Stored, compare_touched, compare_untouched, same_exact
 from runner.verify.exact import ExactStored
@@ -13,7 +14,7 @@ from runner.verify.models import LOAD_ERRORS, Unmerged, first_line
 from runner.verify.sources import Sources
 from runner.verify.targets import Target, Targets
 from runner.verify.tensors import FLOATS
-from runner.verify.verdict import Check, Layer, Outcome
+from runner.verify.verdict import Alternative, Check, Layer, Outcome
 
 
 @dataclass(slots=True)
@@ -46,6 +47,8 @@ class Storage:
         non_finite: stored name → elements that are NaN or Inf and should not be.
         unjudged: stored name → why its exact value could not be computed.
         comparisons: by stored name, for the tensors that the adapter acts on.
+        dtypes: of the stored tensors that the adapter changes.
+        rest: the ranges of all others.
     """
 
     touched: Tally = field(default_factory=Tally)
@@ -53,6 +56,8 @@ class Storage:
     non_finite: dict[str, int] = field(default_factory=dict)
     unjudged: dict[str, str] = field(default_factory=dict)
     comparisons: dict[str, Comparison] = field(default_factory=dict)
+    dtypes: set[str] = field(default_factory=set)
+    rest: Gauge = field(default_factory=Gauge)
 
     @property
     def retention(self) -> float:
@@ -60,6 +65,13 @@ class Storage:
         kept = sum(result.kept for result in self.comparisons.values())
         delta = sum(result.delta_squared for result in self.comparisons.values())
         return kept / delta if delta > 0 else 1.0
+
+    @property
+    def alternatives(self) -> tuple[Alternative, ...]:
+        """What storing it otherwise would keep; empty where nothing changed."""
+        delta = sum(result.delta_squared for result in self.comparisons.values())
+        gauges = [self.rest, *(result.gauge for result in self.comparisons.values())]
+        return alternatives(gauges, delta_squared=delta, dtypes=self.dtypes) if delta > 0 else ()
 
     @property
     def rounding_errors(self) -> tuple[int, ...]:
@@ -152,6 +164,7 @@ def _compare(result: Storage, found: Stored, target: Target, sources: Sources, c
     if not target.is_touched and target.base is not None:
         outcome = compare_untouched(found, target.base)
         result.untouched.add(outcome)
+        result.rest.add(outcome.gauge)
     elif found.info.dtype not in FLOATS:
         result.unjudged[name] = f"it is stored as {found.info.dtype}"
         return
@@ -173,6 +186,7 @@ def _compare(result: Storage, found: Stored, target: Target, sources: Sources, c
         else:
             result.touched.add(outcome)
         result.comparisons[name] = outcome
+        result.dtypes.add(found.info.dtype)
     if outcome.new_non_finite:
         result.non_finite[name] = outcome.new_non_finite
 

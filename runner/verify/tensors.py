@@ -126,6 +126,11 @@ def read_rows(root: Path, tensor: TensorInfo, start: int, stop: int) -> torch.Te
     return torch.frombuffer(data, dtype=_TORCH[tensor.dtype]).view(shape)
 
 
+def rows_of(data: bytearray, dtype: str) -> torch.Tensor:
+    """Return the elements in `data`, flat, in the dtype that safetensors spells so."""
+    return torch.frombuffer(data, dtype=_TORCH[dtype])
+
+
 def read_tensor(root: Path, tensor: TensorInfo) -> torch.Tensor:
     """Return the whole tensor in its stored dtype and shape.
 

@@ -18,9 +18,10 @@ class Status(StrEnum):
     NOT_VERIFIED = "NOT_VERIFIED"  # a gating layer did not run
 
 
-# Rounding errors are counted in bins of this width; the last bin holds what is beyond half an ulp.
+# Rounding errors are counted in bins of this width; the last bin holds what is beyond one ulp. Rounding to the nearest
+# gives at most half an ulp, rounding by chance less than one.
 ERROR_BIN_ULPS = 0.05
-ERROR_BINS = 11
+ERROR_BINS = 21
 
 PASSED = (Status.PASS, Status.PASS_LOSSY)  # what may be published
 
@@ -97,8 +98,56 @@ class Continuation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptRow:
+    """One text, and how far the models' logits are apart on it.
+
+    The three curves have one number for each position: the rms of a difference of logits, centred, over the standard
+    deviation of the unmerged model's logits on the whole text.
+
+    Attributes:
+        label: how the text begins.
+        kl_mean_nats: mean KL(unmerged ‖ merged) per token.
+        kl_base_mean_nats: mean KL(unmerged ‖ base) per token.
+        error: merged − unmerged.
+        effect: base − unmerged: what the adapter does.
+        floor: un-rounded merge − unmerged: the noise of the arithmetic. Empty where it was not computed.
+    """
+
+    label: str
+    kl_mean_nats: float
+    kl_base_mean_nats: float
+    error: tuple[float, ...]
+    effect: tuple[float, ...]
+    floor: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Perplexity:
+    """Of the user's text, in windows; exp of the mean negative log-likelihood of each token but the first of a window.
+
+    Attributes:
+        base: of the base.
+        unmerged: of the unmerged model.
+        merged: of the merged model.
+        tokens: how many were predicted.
+        is_cut: whether the text was longer.
+    """
+
+    base: float
+    unmerged: float
+    merged: float
+    tokens: int
+    is_cut: bool
+
+    @property
+    def ratio(self) -> float:
+        """Merged over unmerged; below 1 where the merge predicts the text better."""
+        return self.merged / self.unmerged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """What rounding to the output dtype costs; reported, gates nothing.
+    """What rounding to the output dtype costs; reported, gates what the user sets limits for.
 
     Figures about tokens are None for a model without logits over a vocabulary; the losses, for one that does not
     continue its prompt. Effects of other heads are of their outputs, not centred.
@@ -117,6 +166,8 @@ class Quality:
         nll_unmerged_nats: the same, unmerged.
         nll_merged_nats: the same, merged.
         tokens: how many rows of outputs were compared: positions, or whole texts for a head with one answer.
+        perplexity: of `eval-text`; None where that was not given, or nothing is predicted.
+        prompts: the first texts one by one; empty for other heads than a language model's.
     """
 
     retention: float
@@ -131,6 +182,29 @@ class Quality:
     nll_unmerged_nats: float | None
     nll_merged_nats: float | None
     tokens: int
+    perplexity: Perplexity | None = None
+    prompts: tuple[PromptRow, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """What storing the same merge otherwise would keep, estimated while the elements were compared.
+
+    Attributes:
+        dtype: of the output; "auto" is the one that was chosen.
+        rounding: see `runner.rounding`.
+        retention: as in `Quality`; on average, where chance rounds. None where the dtype cannot hold the values.
+        largest: magnitude of all finite values of the folder, where the range of the dtype matters; else None.
+        subnormal: elements that would lie below the dtype's normal numbers, likewise.
+        fits: whether the dtype holds every value.
+    """
+
+    dtype: str
+    rounding: str
+    retention: float | None
+    largest: float | None = None
+    subnormal: int | None = None
+    fits: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +218,7 @@ class Verdict:
         rounding_errors: |stored − E| over a sample of all touched elements, counted in `ERROR_BINS` bins of
             `ERROR_BIN_ULPS` units in the last place each; the last one is open. Empty where nothing was compared.
         quality: None where the outputs were not compared.
+        alternatives: to the dtype and the rounding that were chosen.
         continuations: for the human reader.
         seed: of all random probes and prompts.
         wall_s: seconds the judgement took.
@@ -154,6 +229,7 @@ class Verdict:
     modules: tuple[ModuleRow, ...]
     rounding_errors: tuple[int, ...] = ()
     quality: Quality | None
+    alternatives: tuple[Alternative, ...] = ()
     continuations: tuple[Continuation, ...]
     seed: int
     wall_s: float
@@ -167,6 +243,12 @@ class Verdict:
     def loosened(self) -> tuple[Check, ...]:
         """The checks whose limit the user loosened."""
         return tuple(check for check in self.checks if check.loosened_from is not None)
+
+    @property
+    def loosened_text(self) -> str:
+        """Which limits the user loosened, in one line; "" for none."""
+        changes = dict.fromkeys((check.layer, check.loosened_from, check.limit) for check in self.loosened)
+        return ", ".join(f"{layer.value.replace('_', ' ')} from {old:g} to {new:g}" for layer, old, new in changes)
 
     @property
     def fails_quality_only(self) -> bool:

@@ -15,6 +15,7 @@ from runner.publish import Release
 from runner.report import Report
 from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
 from tests.contract.test_markdown import Page
+from tools.schema import strict
 
 HOSTILE = "a|b\n</details><script>x</script> ![i](https://evil.example) `c` @octocat ::error::x ##[error]x"
 PLAN = PlanSummary(
@@ -93,29 +94,8 @@ REPORT = Report(
     phases=(("merge", 12.3), ("verify", 400.0)),
     versions={"torch": "2.13.0"},
 )
-NUMBER = {"anyOf": [{"type": "number"}, {"type": "null"}, {"enum": ["nan", "inf", "-inf"]}]}
-SCHEMA = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["schema_version", "outputs", "inputs", "verdict", "release", "problems", "phases", "versions"],
-    "properties": {
-        "schema_version": {"const": 1},
-        "outputs": {"type": "object", "additionalProperties": {"type": "string"}},
-        "inputs": {"type": "object"},
-        **{name: {"type": ["string", "null"]} for name in ("base_revision", "adapter_digest", "merged_digest")},
-        **{name: {"type": ["object", "null"]} for name in ("plan", "merged", "release")},
-        "verdict": {
-            "type": ["object", "null"],
-            "properties": {
-                "status": {"enum": [status.value for status in Status]},
-                "checks": {"type": "array", "items": {"properties": {"value": NUMBER, "limit": NUMBER}}},
-            },
-        },
-        "problems": {"type": "array", "items": {"required": ["what", "why", "fix"]}},
-        "phases": {"type": "array", "items": {"required": ["name", "wall_s"]}},
-        "versions": {"type": "object"},
-    },
-}
+PUBLISHED = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_bytes())
+SCHEMA = strict(PUBLISHED)
 
 
 def test_outputs_of_a_release() -> None:
@@ -182,6 +162,21 @@ def test_json_keeps_its_schema(report: Report) -> None:
     jsonschema.validate(json.loads(report.to_json()), SCHEMA)
 
 
+def test_the_schema_is_one_and_notices_what_is_wrong() -> None:
+    jsonschema.Draft202012Validator.check_schema(PUBLISHED)
+    report = json.loads(REPORT.to_json())
+    jsonschema.validate(report, PUBLISHED)
+    bad_parts = ({"status": "MAYBE"}, {"seed": "7"}, {"checks": [{"layer": "storage"}]})
+    bad = [report | {"verdict": report["verdict"] | part} for part in bad_parts]
+    without = {name: value for name, value in report.items() if name != "problems"}
+    for wrong in (*bad, without, report | {"schema_version": 2}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, PUBLISHED)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(json.loads(REPORT.to_json()) | {"novelty": 1}, SCHEMA)
+    jsonschema.validate(json.loads(REPORT.to_json()) | {"novelty": 1}, PUBLISHED)
+
+
 def test_json_holds_no_nan_and_no_path_of_the_machine() -> None:
     checks = tuple(replace(check, value=math.inf) for check in VERDICT.checks)
 
@@ -209,6 +204,34 @@ def test_markdown_has_the_verdict_first_and_every_part() -> None:
     ):
         assert part in text
     assert text.count("layers.") == 5
+
+
+def test_the_summary_stays_small_whatever_the_model_and_the_prompts() -> None:
+    name = "model.layers.{}.mlp.experts.{}.a_module_with_a_rather_long_name_of_its_own.weight"
+    modules = tuple(replace(VERDICT.modules[0], name=name.format(n // 64, n % 64)) for n in range(8000))
+    long = "| ünïcode <b> " * 20_000
+    check = Check(layer=Layer.STORAGE, name="x", outcome=Outcome.FAIL, detail=long[:2000])
+    verdict = replace(
+        VERDICT,
+        status=Status.FAIL,
+        modules=modules,
+        checks=(*VERDICT.checks, check),
+        continuations=(Continuation(prompt=long, base=long, unmerged=long, merged=long),) * 3,
+    )
+    problems = tuple(Problem(what=f"w{n}" * 100, why="y" * 300, fix="f" * 300) for n in range(500))
+    plan = replace(PLAN, notes=("note " * 40,) * 2000)
+    text = replace(REPORT, verdict=verdict, problems=problems, plan=plan).to_markdown(has_files=True)
+    assert len(text.encode()) < 100_000
+    assert "and 480 more, in report.json" in text
+    assert "and 1980 more, in report.json" in text
+
+
+def test_continuations_stand_side_by_side() -> None:
+    answers = Continuation(prompt="Who?", base="It is I.\nMe | you", unmerged="Arr!", merged="Arr!")
+    text = replace(REPORT, verdict=replace(VERDICT, continuations=(answers,))).to_markdown()
+    assert "| Base | Unmerged | Merged |" in text
+    assert "| It is I.<br>Me \\| you | Arr\\! | Arr\\! |" in text
+    assert "word for word the same" in text
 
 
 def test_nothing_in_a_report_breaks_out_of_it() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from runner.limits import Limits
@@ -67,3 +69,21 @@ def test_reads_the_limits() -> None:
 )
 def test_tells_what_is_wrong_with_the_limits(values: dict[str, str], text: str) -> None:
     assert text in only_problem(values)
+
+
+def test_reads_the_text_for_the_perplexity(workspace: Path) -> None:  # noqa: F811
+    (workspace / "a.txt").write_text("\ufeffSome text.\n", "utf-8")
+    (workspace / "empty.txt").write_text(" \n")
+    (workspace / "bad.txt").write_bytes(b"\xff\xfe\x00")
+    inputs = read({"eval-text": "a.txt", "quality-limits": "perplexity-ratio<=1.01"})
+    assert inputs.eval_text == "Some text."
+    assert inputs.public()["eval-text"] == len("Some text.")
+    assert "Some text" not in repr(inputs)
+    for values, text in (
+        ({"eval-text": "none.txt"}, "cannot be read"),
+        ({"eval-text": "bad.txt"}, "not UTF-8"),
+        ({"eval-text": "empty.txt"}, "holds no text"),
+        ({"eval-text": "a.txt", "mode": "plan"}, "Nothing is judged"),
+        ({"quality-limits": "perplexity-ratio<=1.01"}, "`eval-text` is missing"),
+    ):
+        assert text in only_problem(values)

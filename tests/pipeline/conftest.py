@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from peft import LoraConfig
 
 from tests.hub.server import LocalHub
 from tests.parity import models
+from tools.schema import strict
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TARGET = "alice/merged"
+SCHEMA = strict(json.loads((ROOT / "docs" / "report.schema.json").read_bytes()))
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Action:
         )  # fmt: skip
         path = report_dir / "report.json"
         report = json.loads(path.read_text()) if path.exists() else {}
+        if report:  # whatever the mode and however it ended
+            jsonschema.validate(report, SCHEMA)
         return Result(code=done.returncode, log=done.stdout + done.stderr, report=report)
 
     def publish(self, base: Path, adapter: Path, *flags: str, tag: str = "v1.0.0", **options: Any) -> Result:

@@ -57,7 +57,7 @@ def test_a_job_survives_the_pipe() -> None:
         base=Path("b"), adapters=(Path("a"), Path("c")), combination=Combination(kind="cat", weights=(1.0, -0.5)),
         merged=Path("m"), merges=True, verifies=False, dtype="auto",
         rounding=Rounding(kind="stochastic", seed=None), device="cpu", prompts=("one", "two"),
-        limits=Limits(
+        eval_text="t", limits=Limits(
             tolerances=(Tolerance(layer="semantics", limit=1e-5),),
             quality=(QualityLimit(figure="retention", limit=0.9),),
         ),
