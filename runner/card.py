@@ -29,7 +29,6 @@ from runner.provenance import (
 from runner.verify.verdict import Check, Quality, Status, Verdict
 
 OWN_TAG = "lora-merge"
-
 _QUALITIES = {
     "retention": "of the adapter's change kept by the output dtype",
     "effect": "effect of the adapter on the logits (rms, over their std)",

@@ -11,7 +11,7 @@ from runner.errors import Problem
 from runner.markdown import block, code, details, escape, table
 from runner.plan import PlanSummary
 from runner.provenance import REPORT_FOLDER
-from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
+from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Native, Outcome, Quality, Status, Verdict
 
 WORST_MODULES = 5
 _LONGEST_PROMPT, _LONGEST_ANSWER, _MOST_TOLD = 300, 600, 20  # characters, and problems or notes
@@ -129,6 +129,7 @@ def quality_section(quality: Quality) -> str:
         found = quality.perplexity
         rows.append(("Perplexity of your text", number(found.merged), number(found.base)))
     note = f"Over {quality.tokens} tokens; unmerged loss {number(quality.nll_unmerged_nats)}. "
+    note += _native(quality.native) if quality.native else ""
     if quality.perplexity is not None:
         found, cut = quality.perplexity, ", the beginning of it" if quality.perplexity.is_cut else ""
         note += f"Your text: {found.tokens} tokens{cut}; unmerged perplexity {number(found.unmerged)}, "
@@ -153,6 +154,15 @@ def pictures_section(pictures: Sequence[Picture], release: Published | None, *, 
     told = where or ("" if inline else "The pictures lie in `report-dir`.")
     body = "\n\n".join([told, *lines] if told else lines)
     return f"### Pictures\n\n{body}" if inline else details("Pictures", body)
+
+
+def _native(native: Native) -> str:
+    if native.reason:
+        return f"In {native.dtype} arithmetic the models were not run: {escape(native.reason)}. "
+    return (
+        f"In {native.dtype} arithmetic on {native.device}, merged {number(native.kl_merged_nats)} and unmerged "
+        f"{number(native.kl_unmerged_nats)} nats from the unmerged model in float32: ρ = {number(native.ratio)}. "
+    )
 
 
 def modules_section(modules: Sequence[ModuleRow]) -> str:

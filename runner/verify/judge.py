@@ -8,6 +8,7 @@ cannot be used is an error of the input.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from runner.verify.alternatives import advice
 from runner.verify.case import Case, Progress, open_case, skipped
 from runner.verify.gates import loosen, quality_checks
 from runner.verify.modules import Probe
+from runner.verify.native import run_native
 from runner.verify.outputs import NEW_TOKENS, judge_outputs
 from runner.verify.prompts import Questions, make_questions
 from runner.verify.storage import Storage, compare_storage, judge_storage
@@ -215,6 +217,17 @@ def _judge_models(
     )
     findings.checks.extend(outputs.checks)
     findings.quality, findings.continuations = outputs.quality, outputs.continuations
+    if findings.quality is not None:
+        say("native run", 0.95)
+        native = run_native(
+            base=case.base.root,
+            adapter=case.adapter,
+            merged=merged.root,
+            dtype=_main_dtype(case),
+            device=device,
+            gold=outputs.gold,
+        )
+        findings.quality = replace(findings.quality, native=native)
     if questions.skipped:
         detail = f"{len(questions.skipped)} of your prompts could not be used, the first: {questions.skipped[0]!r}."
         findings.checks.append(
@@ -263,6 +276,12 @@ def _questions(case: Case, merged: Checkpoint, prompts: Sequence[str], eval_text
         seed=case.seed,
         eval_text=eval_text,
     )
+
+
+def _main_dtype(case: Case) -> str:
+    """Return the dtype that the largest changed tensor is stored in."""
+    largest = max(case.targets.touched, key=lambda target: math.prod(target.shape), default=None)
+    return largest.dtype if largest is not None else "F32"
 
 
 def _embedding_rows(case: Case) -> int:

@@ -30,6 +30,7 @@ from runner.verify.elements import is_right, rounded_rows
 from runner.verify.exact import Exact, ExactStored
 from runner.verify.forward import error_of, generates, has_decoder, outputs_of, predicts_tokens
 from runner.verify.models import LOAD_ERRORS, Loaded, Unmerged, first_line, load_folder, quiet
+from runner.verify.native import Gold
 from runner.verify.prompts import Purpose, Questions
 from runner.verify.quality import Tally
 from runner.verify.sources import Sources
@@ -50,11 +51,13 @@ class Outputs:
         checks: its checks.
         quality: None where the folder could not be loaded.
         continuations: for the human reader.
+        gold: sequences, and the unmerged model's logits on them.
     """
 
     checks: tuple[Check, ...]
     quality: Quality | None
     continuations: tuple[Continuation, ...]
+    gold: Gold = ()
 
 
 def judge_outputs(
@@ -90,20 +93,18 @@ def judge_outputs(
     model = loaded.model.to(device)
     unmerged.model.to(device)
     try:
-        tally, kept = _compare(unmerged, model, questions)
+        tally, ours, theirs = _compare(unmerged, model, questions)
         on_progress(0.5)
         continuations = _continue(unmerged, model, questions) if generates(model) else ()
         on_progress(0.7)
         unmerged.model.to("cpu")
         gc.collect()
         put = _fill(model, sources, targets, rounded=True)
-        checks.append(_worst("the folder computes what round(E) computes", model, kept.merged, questions, put))
+        checks.append(_worst("the folder computes what round(E) computes", model, theirs, questions, put))
         on_progress(0.85)
         put = _fill(model, sources, targets, rounded=False)
         checks.append(
-            _worst(
-                "the un-rounded merge computes what the unmerged model computes", model, kept.unmerged, questions, put
-            )
+            _worst("the un-rounded merge computes what the unmerged model computes", model, ours, questions, put)
         )
     except LOAD_ERRORS as error:
         checks.append(_check("the folder's model runs", first_line(error)))
@@ -112,33 +113,29 @@ def judge_outputs(
         unmerged.model.to("cpu")
     quality = tally.quality(retention, is_cut=questions.is_cut)
     checks.append(_power(quality.effect))
-    return Outputs(checks=tuple(checks), quality=quality, continuations=continuations)
+    return Outputs(checks=tuple(checks), quality=quality, continuations=continuations, gold=tally.gold)
 
 
-@dataclass(slots=True, kw_only=True)
-class _Kept:
-    """Outputs by sequence, on the CPU."""
-
-    unmerged: list[torch.Tensor]
-    merged: list[torch.Tensor]
-
-
-def _compare(unmerged: Unmerged, model: PreTrainedModel, questions: Questions) -> tuple[Tally, _Kept]:
+def _compare(
+    unmerged: Unmerged, model: PreTrainedModel, questions: Questions
+) -> tuple[Tally, list[torch.Tensor], list[torch.Tensor]]:
     reference = unmerged.model.get_base_model()
     reads_on = generates(model) and not has_decoder(model)
-    tally, kept = Tally(is_language=predicts_tokens(model), reads_on=reads_on), _Kept(unmerged=[], merged=[])
+    tally = Tally(is_language=predicts_tokens(model), reads_on=reads_on)
+    unmerged_kept: list[torch.Tensor] = []
+    merged_kept: list[torch.Tensor] = []
     has_text = any(sequence.is_text for sequence in questions.sequences)
     for sequence in questions.sequences:
         ours, theirs = outputs_of(reference, sequence), outputs_of(model, sequence)
         if sequence.purpose is Purpose.COMPARISON:
-            kept.unmerged.append(ours)
-            kept.merged.append(theirs)
+            unmerged_kept.append(ours)
+            merged_kept.append(theirs)
         with quiet(), unmerged.model.disable_adapter():
             plain = outputs_of(reference, sequence)
         if sequence.is_text or not has_text:
             width = min(found.shape[-1] for found in (plain, ours, theirs))
             tally.add(sequence, plain[:, :width], ours[:, :width], theirs[:, :width])
-    return tally, kept
+    return tally, unmerged_kept, merged_kept
 
 
 def _worst(

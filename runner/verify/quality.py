@@ -15,6 +15,7 @@ from runner.verify.prompts import Purpose, TokenSequence
 from runner.verify.verdict import Perplexity, PromptRow, Quality
 
 MAX_TRACED = 12  # texts whose curves are kept
+MAX_GOLD_BYTES = 96 << 20  # of the unmerged model's logits, kept for the native run
 NAMES = ("base", "unmerged", "merged")
 
 
@@ -60,6 +61,8 @@ class Tally:
     text_nll: dict[str, float] = field(default_factory=lambda: dict.fromkeys(NAMES, 0.0))
     text_predicted: int = 0
     rows_of_prompts: list[PromptRow] = field(default_factory=list)
+    gold: list[tuple[TokenSequence, torch.Tensor]] = field(default_factory=list)
+    gold_bytes: int = 0
 
     def add(
         self,
@@ -88,8 +91,14 @@ class Tally:
         self._add_effect(base, unmerged, merged)
         if self.is_language:
             self._add_predictions(sequence.ids if self.reads_on else None, base, unmerged, merged)
+            self._keep_gold(sequence, unmerged)
             if sequence.is_text and len(self.rows_of_prompts) < MAX_TRACED:
                 self._trace(sequence.label, base, unmerged, merged, exact)
+
+    def _keep_gold(self, sequence: TokenSequence, unmerged: torch.Tensor) -> None:
+        if sequence.is_text and self.gold_bytes + unmerged.nbytes <= MAX_GOLD_BYTES:
+            self.gold.append((sequence, unmerged))
+            self.gold_bytes += unmerged.nbytes
 
     def _add_text(self, ids: torch.Tensor, *outputs: torch.Tensor) -> None:
         if not self.is_language or not self.reads_on:
@@ -180,10 +189,10 @@ class Tally:
 
 
 def _curve(reference: torch.Tensor, other: torch.Tensor, spread: float) -> tuple[float, ...]:
-    """Return the centred rms of other − reference at each position, over `spread`; four digits are enough to draw."""
+    """Return the centred rms of other − reference at each position, over `spread`; three digits are enough to draw."""
     difference = other.double() - reference.double()
     difference -= difference.mean(dim=-1, keepdim=True)
-    return tuple(float(f"{float(size):.4g}") for size in difference.square().mean(dim=-1).sqrt() / spread)
+    return tuple(float(f"{float(size):.3g}") for size in difference.square().mean(dim=-1).sqrt() / spread)
 
 
 def _rms_and_size(reference: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:

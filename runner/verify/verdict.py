@@ -146,6 +146,32 @@ class Perplexity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Native:
+    """The models in the output dtype, weights and arithmetic, held against the unmerged model in float32.
+
+    Attributes:
+        dtype: of the output.
+        device: where they ran, or would have.
+        kl_merged_nats: mean KL(unmerged in float32 ‖ merged in 16 bits) per token; None where it did not run.
+        kl_unmerged_nats: mean KL(unmerged in float32 ‖ unmerged in 16 bits) per token, likewise.
+        reason: why it did not run; "" where it did.
+    """
+
+    dtype: str
+    device: str
+    kl_merged_nats: float | None = None
+    kl_unmerged_nats: float | None = None
+    reason: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """ρ, the former over the latter: about 1 where merging adds nothing to the noise of 16-bit arithmetic."""
+        if self.kl_merged_nats is None or not self.kl_unmerged_nats:
+            return None
+        return self.kl_merged_nats / self.kl_unmerged_nats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
     """What rounding to the output dtype costs; reported, gates what the user sets limits for.
 
@@ -168,6 +194,7 @@ class Quality:
         tokens: how many rows of outputs were compared: positions, or whole texts for a head with one answer.
         perplexity: of `eval-text`; None where that was not given, or nothing is predicted.
         prompts: the first texts one by one; empty for other heads than a language model's.
+        native: the run in the output dtype; None where the models did not run at all.
     """
 
     retention: float
@@ -184,6 +211,7 @@ class Quality:
     tokens: int
     perplexity: Perplexity | None = None
     prompts: tuple[PromptRow, ...] = ()
+    native: Native | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
