@@ -112,9 +112,9 @@ def test_counts_rounding_errors_in_units_in_the_last_place(tmp_path: Path) -> No
     wrong = compare_touched(stored["twice"], wanted, stored["base"]).errors
 
     assert sum(right) == sum(wrong) == 64 * 64
-    assert right[-1] == 0
-    assert min(right[:-1]) > 200  # even, as rounding errors are
-    assert wrong[-1] > 40
+    assert sum(right[10:]) == 0  # beyond half a unit
+    assert min(right[:10]) > 200  # even, as rounding errors are
+    assert sum(wrong[10:]) > 40
 
 
 def test_an_untouched_tensor_may_not_even_change_the_sign_of_zero(tmp_path: Path) -> None:
