@@ -135,6 +135,11 @@ INPUTS: tuple[InputSpec, ...] = (
         description="Text file whose perplexity is measured for base, unmerged and merged model.",
     ),
     InputSpec(
+        name="eval-tasks",
+        description="Tasks of lm-eval, one a line; where that package is installed, and the data is on this machine.",
+        multiline=True,
+    ),
+    InputSpec(
         name="allow-not-verified",
         description="Whether to publish, marked as not verified, where a part of the judgement could not run.",
         default="false",

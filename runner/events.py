@@ -12,7 +12,7 @@ from pathlib import Path
 from runner.checkpoint.digests import MergedCheckpoint
 from runner.combination import Combination
 from runner.errors import Problem
-from runner.limits import Limits
+from runner.limits import Evaluation, Limits
 from runner.plan import PlanSummary
 from runner.rounding import Rounding
 from runner.verify.verdict import Verdict
@@ -34,7 +34,7 @@ class Job:
         rounding: of the values that the adapter changes.
         device: "auto", "cuda" or "cpu".
         prompts: the user's own, added to the built-in ones.
-        eval_text: a text whose perplexity is to be measured; "" for none.
+        evaluation: on a text and tasks of the user's own.
         limits: of the judgement, loosened or set.
         seed: of every random probe.
     """
@@ -49,7 +49,7 @@ class Job:
     rounding: Rounding
     device: str
     prompts: tuple[str, ...]
-    eval_text: str
+    evaluation: Evaluation
     limits: Limits
     seed: int
 

@@ -16,12 +16,12 @@ from runner.combination import Combination
 from runner.declared import INPUTS
 from runner.errors import InputError, Problem
 from runner.form import Form
-from runner.limits import Limits
+from runner.limits import Evaluation, Limits
 from runner.reference import RepoRef
 from runner.rounding import Rounding
 from runner.signature import SigningKey
 from runner.syntax import repo_id_problem, revision_problem
-from runner.terms import read_eval_text, read_limits, read_rounding
+from runner.terms import read_evaluation, read_limits, read_rounding
 from runner.workspace import Workspace
 
 __all__ = ["INPUTS", "Inputs", "RepoRef", "given_secrets", "parse", "usage", "wants_help"]
@@ -52,7 +52,7 @@ class Inputs:
         cache_dir: absolute, or None for none.
         verify_prompts: literal text, or the JSON text of an object with `messages` (see `runner.prompts`).
         limits: of the judgement, loosened or set.
-        eval_text: content of a text file whose perplexity is measured, or "".
+        evaluation: on a text and tasks of the user's own.
         allow_not_verified: whether to publish where a part of the judgement did not run.
         commit_message: may have several lines.
         on_existing_tag: fail, skip or replace.
@@ -79,7 +79,7 @@ class Inputs:
     cache_dir: Path | None
     verify_prompts: tuple[str, ...]
     limits: Limits
-    eval_text: str = field(repr=False)
+    evaluation: Evaluation
     allow_not_verified: bool
     commit_message: str | None
     on_existing_tag: Literal["fail", "skip", "replace"]
@@ -131,7 +131,10 @@ class Inputs:
             "verify-prompts": len(self.verify_prompts),
             "verify-tolerance": " ".join(f"{loosened.layer}={loosened.limit!r}" for loosened in self.limits.tolerances),
             "quality-limits": " ".join(limit.text for limit in self.limits.quality),
-            "eval-text": len(self.eval_text),
+            "eval-text": len(self.evaluation.text),
+            "eval-tasks": "\n".join(
+                self.workspace.show(Path(t)) if t.startswith("/") else t for t in self.evaluation.tasks
+            ),
             "allow-not-verified": self.allow_not_verified,
             "commit-message": self.commit_message or "",
             "on-existing-tag": self.on_existing_tag,
@@ -199,7 +202,7 @@ def parse(
         cache_dir=form.folder("cache-dir"),
         verify_prompts=form.prompts("verify-prompts"),
         limits=read_limits(form, mode=mode),
-        eval_text=read_eval_text(form, mode=mode),
+        evaluation=read_evaluation(form, mode=mode),
         allow_not_verified=form.boolean("allow-not-verified"),
         commit_message=values.get("commit-message") or None,
         on_existing_tag=cast(Literal["fail", "skip", "replace"], form.choice("on-existing-tag")),

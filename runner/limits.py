@@ -6,7 +6,7 @@ Structure and storage are exact and have no tolerance to loosen. Quality has no 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 # Layer → its built-in limit. docs/verification.md says how these were measured.
@@ -25,6 +25,7 @@ FIGURES: Mapping[str, str] = MappingProxyType(
         "nll-increase-nats": AT_MOST,
         "top1-agreement": AT_LEAST,
         "perplexity-ratio": AT_MOST,
+        "task-drop": AT_MOST,
     }
 )
 
@@ -65,3 +66,16 @@ class Limits:
 
     tolerances: tuple[Tolerance, ...] = ()
     quality: tuple[QualityLimit, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What of the user's own the models are evaluated on.
+
+    Attributes:
+        text: whose perplexity is measured; "" for none.
+        tasks: of lm-eval: names, and absolute paths of YAML files.
+    """
+
+    text: str = field(default="", repr=False)
+    tasks: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from runner.canvas import ACCENT, ALARM, INK, PALE, Picture, make_picture
-from runner.verify.verdict import PromptRow
+from runner.verify.figures import PromptRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -250,7 +250,11 @@ def quality_numbers(quality: Quality | None) -> dict[str, float | int | None] | 
         return None
     numbers: dict[str, float | int | None] = {}
     perplexity = quality.perplexity
-    found = {name: value for name, value in asdict(quality).items() if name not in ("perplexity", "prompts", "native")}
+    found = {
+        name: value
+        for name, value in asdict(quality).items()
+        if name not in ("perplexity", "prompts", "native", "tasks")
+    }
     found["perplexity_ratio"] = perplexity.ratio if perplexity is not None else None
     for name, value in found.items():
         if value is None:

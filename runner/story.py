@@ -100,7 +100,7 @@ class Story:
             rounding=self.inputs.rounding,
             device=self.inputs.device,
             prompts=self.inputs.verify_prompts,
-            eval_text=self.inputs.eval_text,
+            evaluation=self.inputs.evaluation,
             limits=self.inputs.limits,
             seed=SEED,
         )

@@ -11,7 +11,8 @@ from runner.errors import Problem
 from runner.markdown import block, code, details, escape, table
 from runner.plan import PlanSummary
 from runner.provenance import REPORT_FOLDER
-from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Native, Outcome, Quality, Status, Verdict
+from runner.verify.figures import Native
+from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
 
 WORST_MODULES = 5
 _LONGEST_PROMPT, _LONGEST_ANSWER, _MOST_TOLD = 300, 600, 20  # characters, and problems or notes
@@ -135,7 +136,11 @@ def quality_section(quality: Quality) -> str:
         note += f"Your text: {found.tokens} tokens{cut}; unmerged perplexity {number(found.unmerged)}, "
         note += f"merged over unmerged {found.ratio:.5g}. "
     note += "Gates only what `quality-limits` names."
-    return "\n\n".join(["### Quality", table(("", "Merged", "Base"), rows), note])
+    parts = ["### Quality", table(("", "Merged", "Base"), rows), note]
+    if quality.tasks:
+        scores = [(code(s.task), code(s.metric), number(s.unmerged), number(s.merged)) for s in quality.tasks]
+        parts.append(table(("Task", "Metric", "Unmerged", "Merged"), scores))
+    return "\n\n".join(parts)
 
 
 def pictures_section(pictures: Sequence[Picture], release: Published | None, *, inline: bool) -> str:

@@ -96,7 +96,7 @@ def run(job: Job, emit: Emit) -> None:
             dtype=job.dtype,
             rounding=job.rounding,
             prompts=job.prompts,
-            eval_text=job.eval_text,
+            evaluation=job.evaluation,
             limits=job.limits,
             seed=job.seed,
             device=device,

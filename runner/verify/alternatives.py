@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from runner.rounding import NEAREST, STOCHASTIC
-from runner.verify.verdict import Alternative
+from runner.verify.figures import Alternative
 
 LARGEST_F16 = 65504.0
 SMALLEST_NORMAL_F16 = 2.0**-14

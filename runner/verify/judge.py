@@ -8,7 +8,6 @@ cannot be used is an error of the input.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,18 +16,19 @@ from pathlib import Path
 from runner.checkpoint.layout import Checkpoint, read_checkpoint
 from runner.combination import Several
 from runner.errors import CheckpointError
-from runner.limits import Limits
+from runner.limits import Evaluation, Limits
 from runner.rounding import Rounding
 from runner.verify.alternatives import advice
 from runner.verify.case import Case, Progress, open_case, skipped
+from runner.verify.extras import measure_extras
+from runner.verify.figures import Alternative
 from runner.verify.gates import loosen, quality_checks
 from runner.verify.modules import Probe
-from runner.verify.native import run_native
 from runner.verify.outputs import NEW_TOKENS, judge_outputs
-from runner.verify.prompts import Questions, make_questions
+from runner.verify.prompts import make_questions
 from runner.verify.storage import Storage, compare_storage, judge_storage
 from runner.verify.structure import judge_structure
-from runner.verify.verdict import Alternative, Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
+from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
 
 MIN_RETENTION = 0.9
 LOSS = "the output dtype keeps the adapter"
@@ -57,7 +57,7 @@ def judge(  # noqa: PLR0913 (all by name; each is a fact that only the caller ha
     dtype: str,
     rounding: Rounding | None = None,
     prompts: Sequence[str] = (),
-    eval_text: str = "",
+    evaluation: Evaluation | None = None,
     limits: Limits | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -72,7 +72,7 @@ def judge(  # noqa: PLR0913 (all by name; each is a fact that only the caller ha
         dtype: what the merge was asked for: "auto" (each tensor keeps its own), "bfloat16", "float16", "float32".
         rounding: that the merge was asked for; to the nearest by default.
         prompts: the user's; texts, or chats as the JSON object {"messages": [...]}.
-        eval_text: a text whose perplexity is to be measured; "" for none.
+        evaluation: on a text and tasks of the user's.
         limits: that the user loosened or set.
         seed: of all random probes and token ids.
         device: where the models run ("cpu" or "cuda"); everything else is on the CPU.
@@ -90,7 +90,7 @@ def judge(  # noqa: PLR0913 (all by name; each is a fact that only the caller ha
         return _verdict(_Findings(checks=_unreadable(found)), seed, start)
     with open_case(base, adapter, dtype=dtype, rounding=rounding, seed=seed, on_progress=say) as case:
         verdict = judge_merge(
-            case, merged, prompts=prompts, eval_text=eval_text, limits=limits, device=device, on_progress=say
+            case, merged, prompts=prompts, evaluation=evaluation, limits=limits, device=device, on_progress=say
         )
     return replace(verdict, wall_s=time.monotonic() - start)
 
@@ -100,7 +100,7 @@ def judge_merge(
     merged: Path,
     *,
     prompts: Sequence[str] = (),
-    eval_text: str = "",
+    evaluation: Evaluation | None = None,
     limits: Limits | None = None,
     device: str = "cpu",
     end_to_end: bool = True,
@@ -112,7 +112,7 @@ def judge_merge(
         case: base and adapter, and what the merge was asked for.
         merged: folder to be judged.
         prompts: the user's.
-        eval_text: the user's, too.
+        evaluation: on a text and tasks of the user's.
         limits: that the user loosened or set.
         device: where the models run.
         end_to_end: whether to run that layer, which takes most of the time. Without it nothing passes: the verdict is
@@ -127,8 +127,9 @@ def judge_merge(
     findings = _Findings(checks=[Check(layer=Layer.STRUCTURE, name=READABLE, outcome=Outcome.PASS)])
     _judge_files(findings, case, checkpoint, say)
     if end_to_end:
-        questions = _questions(case, checkpoint, prompts, eval_text)
-        _judge_models(findings, case, checkpoint, questions=questions, device=device, say=say)
+        _judge_models(
+            findings, case, checkpoint, prompts=prompts, evaluation=evaluation or Evaluation(), device=device, say=say
+        )
     else:
         findings.checks.append(skipped(Layer.END_TO_END, "it was not asked for"))
     limits = limits or Limits()
@@ -202,9 +203,24 @@ def _judge_files(findings: _Findings, case: Case, merged: Checkpoint, say: Progr
 
 
 def _judge_models(
-    findings: _Findings, case: Case, merged: Checkpoint, *, questions: Questions, device: str, say: Progress
+    findings: _Findings,
+    case: Case,
+    merged: Checkpoint,
+    *,
+    prompts: Sequence[str],
+    evaluation: Evaluation,
+    device: str,
+    say: Progress,
 ) -> None:
     say("end to end", 0.4)
+    questions = make_questions(
+        merged.root,
+        rows=_embedding_rows(case),
+        max_tokens=_max_tokens(case),
+        prompts=prompts,
+        seed=case.seed,
+        eval_text=evaluation.text,
+    )
     outputs = judge_outputs(
         unmerged=case.unmerged,
         merged=merged.root,
@@ -218,16 +234,16 @@ def _judge_models(
     findings.checks.extend(outputs.checks)
     findings.quality, findings.continuations = outputs.quality, outputs.continuations
     if findings.quality is not None:
-        say("native run", 0.95)
-        native = run_native(
-            base=case.base.root,
-            adapter=case.adapter,
-            merged=merged.root,
-            dtype=_main_dtype(case),
-            device=device,
+        findings.quality, extra = measure_extras(
+            case,
+            merged.root,
+            findings.quality,
             gold=outputs.gold,
+            tasks=evaluation.tasks,
+            device=device,
+            say=say,
         )
-        findings.quality = replace(findings.quality, native=native)
+        findings.checks.extend(extra)
     if questions.skipped:
         detail = f"{len(questions.skipped)} of your prompts could not be used, the first: {questions.skipped[0]!r}."
         findings.checks.append(
@@ -265,23 +281,6 @@ def _retention(storage: Storage) -> Check:
         limit=MIN_RETENTION,
         detail=detail if lossy else "",
     )
-
-
-def _questions(case: Case, merged: Checkpoint, prompts: Sequence[str], eval_text: str) -> Questions:
-    return make_questions(
-        merged.root,
-        rows=_embedding_rows(case),
-        max_tokens=_max_tokens(case),
-        prompts=prompts,
-        seed=case.seed,
-        eval_text=eval_text,
-    )
-
-
-def _main_dtype(case: Case) -> str:
-    """Return the dtype that the largest changed tensor is stored in."""
-    largest = max(case.targets.touched, key=lambda target: math.prod(target.shape), default=None)
-    return largest.dtype if largest is not None else "F32"
 
 
 def _embedding_rows(case: Case) -> int:

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from runner.verify.figures import Native
 from runner.verify.forward import outputs_of
 from runner.verify.models import LOAD_ERRORS, first_line, model_class, quiet
 from runner.verify.prompts import TokenSequence
-from runner.verify.verdict import Native
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -61,9 +61,9 @@ def _obstacle(merged: Path, dtype: str, device: str, gold: Gold) -> str:
     if not gold:
         return "the model predicts no tokens of a text"
     size_bytes = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
-    free_bytes = _free_bytes(device)
-    if size_bytes > _SHARE_OF_MEMORY * free_bytes:
-        return f"the model has {size_bytes / 1e9:.1f} GB, and {free_bytes / 1e9:.1f} GB of memory are free"
+    room_bytes = free_bytes(device)
+    if size_bytes > _SHARE_OF_MEMORY * room_bytes:
+        return f"the model has {size_bytes / 1e9:.1f} GB, and {room_bytes / 1e9:.1f} GB of memory are free"
     if device == "cpu" and dtype == "F16":
         return "float16 is never multiplied on a CPU, where that is more than a hundred times slower"
     if device == "cpu" and not _multiplies_fast():
@@ -107,14 +107,15 @@ def _seconds(dtype: torch.dtype) -> float:
     return best
 
 
-def _free_bytes(device: str) -> int:
+def free_bytes(device: str) -> int:
+    """Return the memory that is free on a device, also by the control group's limit."""
     if device != "cpu":
         return int(torch.cuda.mem_get_info()[0])
     lines = Path("/proc/meminfo").read_text().splitlines()
-    free_bytes = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    room_bytes = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
     group = Path("/sys/fs/cgroup")
     try:
         most, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
     except (OSError, ValueError):
-        return free_bytes
-    return min(free_bytes, int(most) - used) if most.isdecimal() else free_bytes
+        return room_bytes
+    return min(room_bytes, int(most) - used) if most.isdecimal() else room_bytes

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from runner.verify.figures import Perplexity, PromptRow
 from runner.verify.prompts import Purpose, TokenSequence
-from runner.verify.verdict import Perplexity, PromptRow, Quality
+from runner.verify.verdict import Quality
 
 MAX_TRACED = 12  # texts whose curves are kept
 MAX_GOLD_BYTES = 96 << 20  # of the unmerged model's logits, kept for the native run

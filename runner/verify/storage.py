@@ -10,11 +10,12 @@ from runner.verify.alternatives import Gauge, alternatives
 from runner.verify.chance import Chance
 from runner.verify.elements import Comparison, Deviation, Stored, compare_touched, compare_untouched, same_exact
 from runner.verify.exact import ExactStored
+from runner.verify.figures import Alternative
 from runner.verify.models import LOAD_ERRORS, Unmerged, first_line
 from runner.verify.sources import Sources
 from runner.verify.targets import Target, Targets
 from runner.verify.tensors import FLOATS
-from runner.verify.verdict import Alternative, Check, Layer, Outcome
+from runner.verify.verdict import Check, Layer, Outcome
 
 
 @dataclass(slots=True)

@@ -76,7 +76,7 @@ def test_reads_the_text_for_the_perplexity(workspace: Path) -> None:  # noqa: F8
     (workspace / "empty.txt").write_text(" \n")
     (workspace / "bad.txt").write_bytes(b"\xff\xfe\x00")
     inputs = read({"eval-text": "a.txt", "quality-limits": "perplexity-ratio<=1.01"})
-    assert inputs.eval_text == "Some text."
+    assert inputs.evaluation.text == "Some text."
     assert inputs.public()["eval-text"] == len("Some text.")
     assert "Some text" not in repr(inputs)
     for values, text in (
@@ -85,5 +85,28 @@ def test_reads_the_text_for_the_perplexity(workspace: Path) -> None:  # noqa: F8
         ({"eval-text": "empty.txt"}, "holds no text"),
         ({"eval-text": "a.txt", "mode": "plan"}, "Nothing is judged"),
         ({"quality-limits": "perplexity-ratio<=1.01"}, "`eval-text` is missing"),
+    ):
+        assert text in only_problem(values)
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_reads_the_tasks_and_tells_before_any_work_that_lm_eval_is_missing(
+    workspace: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    is_installed: bool,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if is_installed else None)
+    (workspace / "mine.yaml").write_text("task: mine\n")
+    given = {"eval-tasks": "arc_easy\nmine.yaml\n", "quality-limits": "task-drop<=0.01"}
+    if not is_installed:
+        assert "lm-eval is not installed" in only_problem(given)
+        return
+    inputs = read(given)
+    assert inputs.evaluation.tasks == ("arc_easy", str(workspace / "mine.yaml"))
+    assert inputs.public()["eval-tasks"] == "arc_easy\nmine.yaml"
+    for values, text in (
+        ({"eval-tasks": "none.yaml"}, "does not exist"),
+        ({"eval-tasks": "arc_easy", "mode": "plan"}, "Nothing is judged"),
+        ({"quality-limits": "task-drop<=0.01"}, "`eval-tasks` is missing"),
     ):
         assert text in only_problem(values)

@@ -20,7 +20,7 @@ import pytest
 from runner.adapter import read_adapter
 from runner.errors import RunnerError
 from runner.events import Event, Job, Judged
-from runner.limits import Limits
+from runner.limits import Evaluation, Limits
 from runner.rounding import Rounding
 from runner.verify.verdict import Verdict
 from runner.worker import run
@@ -247,7 +247,7 @@ def judged(place: Place, tmp_path: Path) -> Verdict:
     events: list[Event] = []
     job = Job(
         base=place.base, adapters=(place.adapter,), combination=None, merged=tmp_path / "merged", merges=True,
-        verifies=True, dtype="auto", rounding=Rounding(), eval_text="", limits=Limits(), device="cpu",
+        verifies=True, dtype="auto", rounding=Rounding(), evaluation=Evaluation(), limits=Limits(), device="cpu",
         prompts=("##[error]x", "a\r::error::y"), seed=0,
     )  # fmt: skip
     run(job, events.append)

@@ -11,7 +11,8 @@ from matplotlib.image import imread
 
 from runner.pictures import _grid, draw, picture_files
 from runner.prompt_pictures import draw_prompts
-from runner.verify.verdict import ERROR_BINS, ModuleRow, PromptRow, Status, Verdict
+from runner.verify.figures import PromptRow
+from runner.verify.verdict import ERROR_BINS, ModuleRow, Status, Verdict
 
 
 def _row(name: str, *, delta: float = 0.01, retention: float = 0.99) -> ModuleRow:

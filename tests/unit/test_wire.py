@@ -13,7 +13,7 @@ from runner.checkpoint.digests import FileDigest, MergedCheckpoint
 from runner.combination import Combination
 from runner.errors import AdapterMismatch, Problem, RunnerError, rebuild
 from runner.events import Failed, Job, Judged, Merged, Progress, decode, decode_job, encode
-from runner.limits import Limits, QualityLimit, Tolerance
+from runner.limits import Evaluation, Limits, QualityLimit, Tolerance
 from runner.rounding import Rounding
 from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
 
@@ -57,7 +57,7 @@ def test_a_job_survives_the_pipe() -> None:
         base=Path("b"), adapters=(Path("a"), Path("c")), combination=Combination(kind="cat", weights=(1.0, -0.5)),
         merged=Path("m"), merges=True, verifies=False, dtype="auto",
         rounding=Rounding(kind="stochastic", seed=None), device="cpu", prompts=("one", "two"),
-        eval_text="t", limits=Limits(
+        evaluation=Evaluation(text="t", tasks=("arc_easy",)), limits=Limits(
             tolerances=(Tolerance(layer="semantics", limit=1e-5),),
             quality=(QualityLimit(figure="retention", limit=0.9),),
         ),

@@ -9,8 +9,8 @@ import torch
 
 from runner.rounding import NEAREST, STOCHASTIC
 from runner.verify.alternatives import Gauge, advice, alternatives
+from runner.verify.figures import Alternative
 from runner.verify.judge import judge
-from runner.verify.verdict import Alternative
 from tests.verify.merges import save_merge
 
 

@@ -55,7 +55,7 @@ def test_what_is_not_run_has_its_reason(right_merge: Maker, monkeypatch: pytest.
     assert "no tokens" in reason(gold=())
     monkeypatch.setattr(native, "_multiplies_fast", lambda: False)
     assert "more slowly" in reason()
-    monkeypatch.setattr(native, "_free_bytes", lambda _: 1000)
+    monkeypatch.setattr(native, "free_bytes", lambda _: 1000)
     assert "memory are free" in reason()
 
 
@@ -71,5 +71,5 @@ def test_the_verdict_holds_it_and_does_not_depend_on_it(right_merge: Maker, monk
 
 
 def test_free_memory_is_a_number() -> None:
-    assert 1 << 20 < native._free_bytes("cpu") < 1 << 50
+    assert 1 << 20 < native.free_bytes("cpu") < 1 << 50
     assert math.isfinite(native._seconds(torch.float32))

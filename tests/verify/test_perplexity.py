@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from runner.limits import Limits, QualityLimit
+from runner.limits import Evaluation, Limits, QualityLimit
 from runner.verify.judge import judge
 from runner.verify.prompts import EVAL_TOKENS, EVAL_WINDOW, Purpose, make_questions
 from runner.verify.verdict import Status
@@ -33,7 +33,9 @@ def _perplexity(folder: Path, width: int) -> float:
 def test_is_that_of_transformers_and_gates_where_the_user_says_so(right_merge: Maker) -> None:
     base, adapter, merged = right_merge("lora")
     limits = Limits(quality=(QualityLimit(figure="perplexity-ratio", limit=0.5),))
-    verdict = judge(base=base, adapter=adapter, merged=merged, dtype="auto", eval_text=TEXT, limits=limits)
+    verdict = judge(
+        base=base, adapter=adapter, merged=merged, dtype="auto", evaluation=Evaluation(text=TEXT), limits=limits
+    )
     plain = judge(base=base, adapter=adapter, merged=merged, dtype="auto")
 
     assert verdict.quality is not None

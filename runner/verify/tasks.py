@@ -1,0 +1,87 @@
+"""Tasks of lm-eval (the Language Model Evaluation Harness), run on the unmerged and on the merged model, in float32.
+
+The package is no dependency: `eval-tasks` is refused before any work where it is not installed. The worker has no
+network, so a task must have its data on this machine: a YAML file of the workspace that reads a local file, or a data
+set that the image holds.
+
+Both models are whole in memory, one after the other. A task's score is compared, metric by metric; `task-drop`, of
+`quality-limits`, is the largest loss of any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import PeftModel
+
+from runner.verify.figures import TaskScore
+from runner.verify.models import LOAD_ERRORS, first_line, load_folder, quiet
+from runner.verify.native import free_bytes
+
+ERRORS = (*LOAD_ERRORS, ImportError, AssertionError)  # what lm-eval raises for tasks and data that it has not
+_BATCH = 8
+_BYTES_OF_PARAMETER = 6  # float32 weights, and room for what they compute
+
+
+def run_tasks(
+    tasks: Sequence[str], *, base: Path, adapter: Path, merged: Path, device: str
+) -> tuple[tuple[TaskScore, ...], str]:
+    """Return the scores of the tasks, and why there are none; "" where there are.
+
+    Args:
+        tasks: names that lm-eval knows, and paths of YAML files that define one.
+        base: folder of the base.
+        adapter: folder of the adapter.
+        merged: folder of the merge.
+        device: "cpu" or "cuda".
+    """
+    elements = sum(path.stat().st_size for path in merged.glob("*.safetensors")) // 2
+    if _BYTES_OF_PARAMETER * elements > free_bytes(device):
+        return (), f"two models of up to {4 * elements / 1e9:.1f} GB do not fit into memory, one after the other"
+    try:
+        with quiet():
+            unmerged = PeftModel.from_pretrained(load_folder(base).model, str(adapter)).eval()
+        ours = _scores(unmerged, merged, tasks, device)
+        del unmerged
+        theirs = _scores(load_folder(merged).model, merged, tasks, device)
+    except ERRORS as error:
+        return (), f"lm-eval could not run them: {first_line(error)}"
+    scores = tuple(_compared(ours, theirs))
+    return scores, "" if scores else "they gave no score"
+
+
+def _scores(model: Any, tokenizer: Path, tasks: Sequence[str], device: str) -> Mapping[str, Any]:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoTokenizer
+
+    files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
+    names = [task for task in tasks if not task.endswith((".yaml", ".yml"))]
+    names += [str(yaml.safe_load(file.read_text("utf-8"))["task"]) for file in files]
+    manager = TaskManager(include_path=sorted({str(file.parent) for file in files}) or None)
+    with quiet():
+        words = AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True, trust_remote_code=False)
+        wrapped = HFLM(pretrained=model.to(device), tokenizer=words, batch_size=_BATCH, device=device)
+        result = simple_evaluate(
+            model=wrapped, tasks=names, task_manager=manager, bootstrap_iters=0, log_samples=False, random_seed=0,
+            numpy_random_seed=0, torch_random_seed=0, fewshot_random_seed=0,
+        )  # fmt: skip
+    return dict(result or {})
+
+
+def _compared(unmerged: Mapping[str, Any], merged: Mapping[str, Any]) -> Iterator[TaskScore]:
+    for task, found in sorted(unmerged.get("results", {}).items()):
+        better = unmerged.get("higher_is_better", {}).get(task, {})
+        for key, value in sorted(found.items()):
+            metric = key.partition(",")[0]
+            other = merged["results"][task].get(key)
+            if metric not in better or not isinstance(value, int | float) or not isinstance(other, int | float):
+                continue  # a standard error, a label
+            yield TaskScore(
+                task=task, metric=key.replace(",none", ""), unmerged=float(value), merged=float(other),
+                higher_is_better=bool(better[metric]),
+            )  # fmt: skip
