@@ -21,7 +21,7 @@ from runner.verify.figures import TaskScore
 from runner.verify.models import LOAD_ERRORS, first_line, load_folder, quiet
 from runner.verify.native import free_bytes
 
-ERRORS = (*LOAD_ERRORS, ImportError, AssertionError)  # what lm-eval raises for tasks and data that it has not
+
 _BATCH = 8
 _BYTES_OF_PARAMETER = 6  # float32 weights, and room for what they compute
 
@@ -47,7 +47,7 @@ def run_tasks(
         ours = _scores(unmerged, merged, tasks, device)
         del unmerged
         theirs = _scores(load_folder(merged).model, merged, tasks, device)
-    except ERRORS as error:
+    except LOAD_ERRORS as error:
         return (), f"lm-eval could not run them: {first_line(error)}"
     scores = tuple(_compared(ours, theirs))
     return scores, "" if scores else "they gave no score"
