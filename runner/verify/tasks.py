@@ -21,7 +21,6 @@ from runner.verify.figures import TaskScore
 from runner.verify.models import LOAD_ERRORS, first_line, load_folder, quiet
 from runner.verify.native import free_bytes
 
-
 _BATCH = 8
 _BYTES_OF_PARAMETER = 6  # float32 weights, and room for what they compute
 
