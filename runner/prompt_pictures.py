@@ -27,10 +27,8 @@ def draw_prompts(rows: Sequence[PromptRow]) -> list[Picture]:
 
 
 def _error_picture(rows: Sequence[PromptRow]) -> Picture:
-    effect, error, floor = (
-        _median([curve(row) for row in rows])
-        for curve in (lambda row: row.effect, lambda row: row.error, lambda row: row.floor)
-    )
+    effect, error = _median([row.effect for row in rows]), _median([row.error for row in rows])
+    floor = _median([row.floor for row in rows])
 
     def paint(axes: Axes) -> None:
         for row in rows:

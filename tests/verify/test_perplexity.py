@@ -23,7 +23,7 @@ def _perplexity(folder: Path, width: int) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"])
     total, count = 0.0, 0
-    for part in ids.split(width):
+    for part in (ids[start : start + width] for start in range(0, len(ids), width)):
         with torch.no_grad():
             loss = model(part[None], labels=part[None]).loss
         total, count = total + float(loss) * (len(part) - 1), count + len(part) - 1
