@@ -40,6 +40,14 @@ class Picture:
     svg: bytes
 
 
+def in_font(text: str) -> str:
+    """Return a text as the font of the pictures can show it, which has no Chinese, say: what it has not is a dot."""
+    from matplotlib.font_manager import findfont, get_font
+
+    known = get_font(findfont(_STYLE["font.family"])).get_charmap()
+    return "".join(letter if ord(letter) in known else "·" for letter in text)
+
+
 def make_picture(
     name: str, title: str, text: str, size_inches: tuple[float, float], paint: Callable[[Axes], None]
 ) -> Picture:

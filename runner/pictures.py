@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from runner.canvas import ACCENT, ALARM, INK, Picture, make_picture
+from runner.canvas import ACCENT, ALARM, INK, Picture, in_font, make_picture
 from runner.prompt_pictures import draw_prompts
 from runner.verify.verdict import ERROR_BIN_ULPS, ERROR_BINS, ModuleRow, Verdict
 
@@ -177,6 +177,7 @@ def _common(paths: Sequence[Sequence[str]]) -> int:
 
 
 def _shortened(kind: str) -> str:
+    kind = in_font(kind)
     return kind if len(kind) <= _LABEL_LENGTH else f"…{kind[1 - _LABEL_LENGTH :]}"
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from runner.canvas import ACCENT, ALARM, INK, PALE, Picture, make_picture
+from runner.canvas import ACCENT, ALARM, INK, PALE, Picture, in_font, make_picture
 from runner.verify.figures import PromptRow
 
 if TYPE_CHECKING:
@@ -70,7 +70,9 @@ def _divergence_picture(rows: Sequence[PromptRow]) -> Picture:
         axes.barh(
             [place + 0.2 for place in places], [row.kl_mean_nats for row in rows], 0.38, color=ACCENT, label="merged"
         )
-        axes.set_yticks(list(places), [_shortened(row.label) for row in rows])
+        axes.set_yticks(
+            list(places), [f"{_shortened(row.label)}  {number}" for number, row in enumerate(rows, start=1)]
+        )
         axes.invert_yaxis()
         axes.set_xscale("log")
         axes.set_xlim(left=smallest / 3)
@@ -107,5 +109,5 @@ def _drawable(curve: Sequence[float]) -> list[float]:
 
 
 def _shortened(label: str) -> str:
-    line = " ".join(label.split())
+    line = in_font(" ".join(label.split()))
     return line if len(line) <= _LABEL_LENGTH else f"{line[: _LABEL_LENGTH - 1]}…"

@@ -31,7 +31,7 @@ def test_a_limit_that_cannot_be_measured_publishes_nothing_unless_that_is_allowe
     card = repo.read("README.md", "v1.0.0").decode()
     assert "nobody knows whether this merge is right" in card
     assert "end to end from 0.0001 to 0.0002" in card
-    assert "stochastic (seed 5)" in card
+    assert "| rounding-seed | <code>5</code> |" in card
     assert b'"status": "NOT_VERIFIED"' in repo.read("merge-manifest.json", "v1.0.0")
     assert b'"loosened_from": 0.0001' in repo.read("merge-manifest.json", "v1.0.0")
     assert "Loosened limits" in (tmp_path / "report" / "report.md").read_text()

@@ -187,15 +187,6 @@ def test_refuses_without_a_passed_verdict(world: World, status: Status) -> None:
     assert world.hub.repo(REPO) is None
 
 
-def test_what_was_not_verified_is_published_where_that_is_allowed_and_says_so(world: World) -> None:
-    with pytest.raises(PublishError, match="the verdict is FAIL"):
-        world.publish(judged=verdict(Status.FAIL), allow_not_verified=True)
-    release = world.publish(judged=verdict(Status.NOT_VERIFIED), allow_not_verified=True)
-    assert (release.created, release.status) == (True, Status.NOT_VERIFIED)
-    again = world.publish(judged=verdict(Status.NOT_VERIFIED), allow_not_verified=True)
-    assert (again.created, again.status) == (False, Status.NOT_VERIFIED)
-
-
 def test_refuses_a_file_that_shrank_after_it_was_judged(world: World) -> None:
     from runner.publish import publish
 

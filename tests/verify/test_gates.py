@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from runner.limits import FIGURES, Limits, QualityLimit, Tolerance
+from runner.verify.figures import Perplexity, TaskScore
 from runner.verify.gates import figure, loosen, quality_checks
 from runner.verify.judge import GATES, decide, judge
 from runner.verify.verdict import Check, Layer, Outcome, Quality, Status
@@ -16,7 +17,8 @@ from runner.verify.verdict import Check, Layer, Outcome, Quality, Status
 QUALITY = Quality(
     retention=0.95, effect=0.5, effect_error=0.02, effect_retention=0.97, kl_mean_nats=1e-3, kl_p99_nats=1e-2,
     kl_base_mean_nats=0.5, top1_agreement=0.99, nll_base_nats=2.0, nll_unmerged_nats=1.0, nll_merged_nats=1.25,
-    tokens=10,
+    tokens=10, perplexity=Perplexity(base=9.0, unmerged=4.0, merged=5.0, tokens=9, is_cut=False),
+    tasks=(TaskScore(task="t", metric="acc", unmerged=0.75, merged=0.5, higher_is_better=True),),
 )  # fmt: skip
 LOOSER = Limits(tolerances=(Tolerance(layer="end-to-end", limit=1e-3),))
 
