@@ -83,10 +83,8 @@ def _status(step: str, status: int, ends: Ends | Mapping[Protocol, Ends], says: 
 
 
 _KEPT: Mapping[Protocol, Ends] = {"LFS": "released", "Xet": "refused"}
-_LOST = (
-    "over LFS the bytes are there already, so the next attempt needs no verification; over Xet they cannot be found "
-    "again until a shard names them, so the next run sends them again"
-)
+_LOST = "over Xet, bytes that no shard has named cannot be found again, so the next run sends them again"
+_STORED = f"over LFS the bytes are there already, and the next attempt needs no verification; {_LOST}"
 
 CASES: tuple[Case, ...] = (
     _status("whoami", 401, "refused", "not accepted", times=FOREVER),
@@ -135,10 +133,10 @@ CASES: tuple[Case, ...] = (
     _case("send", "reset after the body", "released", kind=Kind.RESET_AFTER),
     _case("send", "taken, the answer is lost", "released", kind=Kind.APPLIED_RESET),
     _case("send", "the signed address, or the storage's token, expires", "released", kind=Kind.EXPIRED),
-    _status("confirm", 403, _KEPT, "403", times=FOREVER, resends={"Xet": 2.0}, why=_LOST),
+    _status("confirm", 403, _KEPT, "403", times=FOREVER, resends={"Xet": 2.0}, why=_STORED),
     _status("confirm", 500, "released"),
     _case("confirm", "done, the answer is lost", "released", kind=Kind.APPLIED_RESET),
-    _case("confirm", "the storage is full", _KEPT, "storage", kind=Kind.QUOTA, times=FOREVER,
+    _case("confirm", "the storage is full", "refused", "storage", kind=Kind.QUOTA, times=FOREVER,
           resends={"Xet": 2.0}, why=_LOST),
     _status("commit", 401, "refused", "not accepted", times=FOREVER),
     _status("commit", 403, "refused", "403", times=FOREVER),

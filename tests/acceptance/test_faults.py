@@ -9,6 +9,7 @@ import pytest
 from tests.acceptance.action import Stage
 from tests.acceptance.cases import CASES, PROTOCOLS, SAMPLE, Protocol
 from tests.acceptance.table import run_case
+from tests.acceptance.warmth import ROOT
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -17,6 +18,13 @@ def test_the_table_has_at_least_forty_faults_for_each_protocol() -> None:
     assert len(BY_NAME) == len(CASES)
     for protocol in PROTOCOLS:
         assert sum(protocol in case.only for case in CASES) >= 40
+
+
+def test_the_document_has_a_row_for_every_case_and_none_besides() -> None:
+    lines = (ROOT / "docs" / "faults.md").read_text("utf-8").splitlines()
+    rows = [tuple(line.split(" | ")[:2]) for line in lines if line.startswith("| ")][2:]
+
+    assert rows == [(f"| {case.step}", case.fault) for case in CASES], "run `python -m tools.faults`"
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
