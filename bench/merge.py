@@ -85,7 +85,7 @@ def main() -> None:
     if arguments.from_json:
         document = json.loads(arguments.from_json.read_text())
     else:
-        document = {"command": command(arguments), "machine": describe(), "cases": []}
+        document = begin(arguments)
         limits = Limits(wall_s=arguments.timeout, anonymous_bytes=int(available_bytes() * 0.95))
         chosen = [one for one in contestants() if not arguments.only or one.name in arguments.only]
         until = time.monotonic() + 60 * arguments.minutes
@@ -94,13 +94,41 @@ def main() -> None:
                 print(f"no time is left for {case.size_gb:g} GB", file=sys.stderr, flush=True)
                 break
             bench = Bench(chosen=chosen, limits=limits, until=until, compare=arguments.compare and case.compares)
-            document["cases"].append(run_case(case, bench, arguments.folder))
-            document["cases"].sort(key=lambda found: (-len(found["targets"]), found["base_bytes"]))
+            add(document, run_case(case, bench, arguments.folder))
             if arguments.json:
                 arguments.json.write_text(json.dumps(document, indent=1))
     print(tables(document))
     if arguments.write:
         write_page(arguments.write, document)
+
+
+def begin(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the document that the cases go into: an empty one, or one of earlier runs on this machine.
+
+    Raises:
+        SystemExit: the earlier runs are of another machine, or of other versions.
+    """
+    document: dict[str, Any] = {"command": command(arguments), "machine": describe(), "cases": []}
+    if arguments.add_to is None:
+        return document
+    earlier: dict[str, Any] = json.loads(arguments.add_to.read_text())
+    for name, value in document["machine"].items():
+        if name != "commit" and json.dumps(value) != json.dumps(earlier["machine"][name]):
+            raise SystemExit(f"{arguments.add_to} is not of this machine: {name} was {earlier['machine'][name]}.")
+    commits = dict.fromkeys((*earlier["machine"]["commit"].split(", "), document["machine"]["commit"]))
+    commands = dict.fromkeys((*earlier["command"].splitlines(), document["command"]))
+    document["machine"]["commit"] = ", ".join(commits)
+    return document | {"command": "\n".join(commands), "cases": earlier["cases"]}
+
+
+def add(document: dict[str, Any], found: dict[str, Any]) -> None:
+    """Put a case in its place; it replaces one of the same base and adapter."""
+
+    def key(case: dict[str, Any]) -> tuple[int, int, list[str], int]:
+        return (-len(case["targets"]), case["base_bytes"], list(case["targets"]), case["r"])
+
+    others = [case for case in document["cases"] if key(case) != key(found)]
+    document["cases"] = sorted([*others, found], key=key)
 
 
 def parse() -> argparse.Namespace:
@@ -111,12 +139,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--targets", default="all", help="`all`, or module names with commas between them")
     parser.add_argument("--full", action="store_true", help="0.3, 1, 3 and 8 GB, and 3 GB with q and v only")
+    numbers = range(1, len(FULL) + 1)
+    parser.add_argument("--case", type=int, action="append", choices=numbers, help="with --full: only this one of its cases")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="a contestant; may be repeated")
     parser.add_argument("--timeout", type=float, default=480.0, help="seconds after which a contestant is stopped")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no new run is begun")
     parser.add_argument("--no-compare", dest="compare", action="store_false", help="do not compare the merges")
     parser.add_argument("--folder", type=Path, default=None, help="where to work; default: a temporary folder")
     parser.add_argument("--json", type=Path, default=None, help="write every run to this file, after each case")
+    parser.add_argument("--add-to", type=Path, default=None, help="a .json of runs on this machine, to be kept beside")
     parser.add_argument("--from-json", type=Path, default=None, help="run nothing: take the runs of this file")
     parser.add_argument("--write", type=Path, default=None, help="page whose tables are replaced, with .json and .svg")
     return parser.parse_args()
@@ -126,7 +157,8 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
     """Return the cases that the arguments ask for."""
     if arguments.full:
         wanted = {"rounds": arguments.rounds, "peer_rounds": arguments.rounds} if arguments.rounds else {}
-        return [replace(case, r=arguments.r, **wanted) for case in FULL]
+        chosen = [FULL[number - 1] for number in arguments.case or range(1, len(FULL) + 1)]
+        return [replace(case, r=arguments.r, **wanted) for case in chosen]
     targets = () if arguments.targets == "all" else tuple(arguments.targets.split(","))
     rounds = arguments.rounds or 3
     return [Case(size_gb=arguments.size_gb, targets=targets, rounds=rounds, peer_rounds=rounds, r=arguments.r)]
@@ -219,14 +251,16 @@ def available_bytes() -> int:
 def command(arguments: argparse.Namespace) -> str:
     """Return the command line that this is, as one would type it in the repository, less where it works and writes."""
     if arguments.full:
-        what = ["--full"] + (["--rounds", str(arguments.rounds)] if arguments.rounds else [])
+        what = ["--full"] + [word for number in arguments.case or () for word in ("--case", str(number))]
+        what += ["--rounds", str(arguments.rounds)] if arguments.rounds else []
     else:
         what = ["--size-gb", f"{arguments.size_gb:g}", "--rounds", str(arguments.rounds or 3)]
         what += ["--targets", arguments.targets] if arguments.targets != "all" else []
     what += ["--minutes", f"{arguments.minutes:g}"] if arguments.minutes != float("inf") else []
     what += ["--r", str(arguments.r)] if arguments.r != 16 else []
     only = [word for name in arguments.only for word in ("--only", shlex.quote(name))]
-    return " ".join(["python -m bench.merge", *what, *only, "--write docs/benchmarks.md"])
+    kept = ["--add-to", "docs/benchmarks.json"] if arguments.add_to else []
+    return " ".join(["python -m bench.merge", *what, *only, *kept, "--write docs/benchmarks.md"])
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bench.contestants import OURS, PEFT, Contestant, contestants
+from bench.machine import describe
 from bench.measure import Limits
-from bench.merge import Bench, Case, run_case
+from bench.merge import Bench, Case, add, begin, parse, run_case
 from bench.reference import compare, write_reference
 from bench.report import BEGIN, END, ratios, tables, write_page
 from bench.synthetic import ALL_LINEAR, shape_for, write_adapter, write_base
@@ -81,6 +82,35 @@ def test_the_page_is_replaced_between_its_markers_only(measured: dict[str, Any],
     assert "old" not in text
     assert OURS in text
     assert json.loads((tmp_path / "benchmarks.json").read_text()) == measured
+
+
+def test_a_case_that_runs_again_replaces_the_earlier_one_and_others_stay(measured: dict[str, Any]) -> None:
+    document = json.loads(json.dumps(measured))
+    larger = measured["cases"][0] | {"base_bytes": 10**12}
+    again = measured["cases"][0] | {"layers": 99}
+
+    add(document, larger)
+    add(document, again)
+
+    assert [case["base_bytes"] for case in document["cases"]] == [measured["cases"][0]["base_bytes"], 10**12]
+    assert document["cases"][0]["layers"] == 99
+
+
+def test_runs_of_another_machine_are_not_added_to(
+    measured: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = tmp_path / "runs.json"
+    monkeypatch.setattr(sys, "argv", ["bench.merge", "--full", "--case", "5", "--add-to", str(earlier)])
+    earlier.write_text(json.dumps(measured | {"machine": describe()}))
+
+    document = begin(parse())
+
+    assert document["cases"] == measured["cases"]
+    assert document["command"].splitlines()[0] == "python -m bench.merge"
+    assert "--full --case 5 --add-to docs/benchmarks.json" in document["command"]
+    earlier.write_text(json.dumps(measured | {"machine": describe() | {"cpu": "another"}}))
+    with pytest.raises(SystemExit, match="not of this machine"):
+        begin(parse())
 
 
 def test_a_page_without_markers_is_left_alone(measured: dict[str, Any], tmp_path: Path) -> None:
