@@ -140,7 +140,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--targets", default="all", help="`all`, or module names with commas between them")
     parser.add_argument("--full", action="store_true", help="0.3, 1, 3 and 8 GB, and 3 GB with q and v only")
     numbers = range(1, len(FULL) + 1)
-    parser.add_argument("--case", type=int, action="append", choices=numbers, help="with --full: only this one of its cases")
+    parser.add_argument(
+        "--case", type=int, action="append", choices=numbers, help="with --full: only this one of its cases"
+    )
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="a contestant; may be repeated")
     parser.add_argument("--timeout", type=float, default=480.0, help="seconds after which a contestant is stopped")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no new run is begun")

@@ -27,7 +27,9 @@ from runner.units import Unit
 
 SUM_BYTES = 256 << 10  # of the output: block, product and sum stay in the second-level cache; a third less time
 MIN_ROWS = 8  # of a block, so that none has fewer than half of them
-LEAST_ROWS = MIN_ROWS // 2  # measured: one row has other bits than in the whole, on some processors (an EPYC) up to three
+LEAST_ROWS = (
+    MIN_ROWS // 2
+)  # measured: one row has other bits than in the whole, on some processors (an EPYC) up to three
 _CHECKED_ROWS = 64
 
 
