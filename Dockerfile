@@ -27,7 +27,7 @@ WORKDIR /app
 RUN pip install --no-cache-dir ${TORCH}
 COPY requirements.lock ./
 RUN pip install --no-cache-dir --require-hashes --no-deps -r requirements.lock
-COPY LICENSE entrypoint.py ./
+COPY LICENSE cleanup.py entrypoint.py ./
 COPY runner ./runner
 RUN python -m compileall -q /app
 

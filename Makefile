@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 LOCKS := requirements.lock requirements-dev.lock
-CODE := $(wildcard entrypoint.py runner tests demo bench tools)
+CODE := $(wildcard cleanup.py entrypoint.py runner tests demo bench tools)
 # Compiled programs in wheels need the tools' folder on PATH: actionlint calls shellcheck.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1

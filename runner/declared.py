@@ -91,6 +91,17 @@ INPUTS: tuple[InputSpec, ...] = (
         choices=("auto", "cuda", "cpu"),
     ),
     InputSpec(
+        name="executor",
+        description="Where the worker runs: in this container, or in a sibling with a GPU; auto chooses, and says why.",
+        default="auto",
+        choices=("auto", "inline", "docker"),
+    ),
+    InputSpec(
+        name="gpus", description="GPUs of the worker: all, none, how many, or which (device=0,2).", default="all"
+    ),
+    InputSpec(name="min-free-vram", description="Memory that must be free on a GPU before it is used, such as 20GB."),
+    InputSpec(name="gpu-wait-timeout", description="Minutes to wait for a free GPU.", default="30"),
+    InputSpec(
         name="hf-token",
         description="Token that may write to target-repo (and read adapter and base).",
         secret=True,
@@ -115,6 +126,7 @@ INPUTS: tuple[InputSpec, ...] = (
         default="lora-merge-report",
     ),
     InputSpec(name="cache-dir", description="Folder that keeps downloads between runs; else none are kept."),
+    InputSpec(name="phase-timeout-minutes", description="Minutes that one phase may take; else any number."),
     InputSpec(
         name="verify-prompts",
         description="Prompts to verify with beside the built-in ones: one a line, or a .txt or .jsonl file.",

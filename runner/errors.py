@@ -21,14 +21,16 @@ The tree, with the exit code of each family::
     │   └── NotEnoughMemory
     ├── LaunchError                   7   no GPU where one was asked for; the worker died
     ├── (a verdict that did not pass) 8   not an exception: see runner.verify.verdict
-    └── PublishError                  9
-        └── PublishConflict               somebody else moved the branch or the tag
+    ├── PublishError                  9
+    │   └── PublishConflict               somebody else moved the branch or the tag
+    └── PhaseTimeout                  10  a phase took longer than `phase-timeout-minutes`
 
 Cancelled is 130, and an error that nobody foresaw is 70.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -167,6 +169,24 @@ class PublishError(RunnerError):
 
 class PublishConflict(PublishError):
     """Somebody else moved the branch or the tag while this run was working."""
+
+
+class PhaseTimeout(RunnerError):
+    """A phase took longer than `phase-timeout-minutes`."""
+
+    exit_code = 10
+
+
+def disk_full(error: OSError) -> NotEnoughDisk | None:
+    """Return the error to tell where `error` says that a disk, or a quota, is full; else None."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    place = f" ({error.filename})" if isinstance(error.filename, str) else ""
+    return NotEnoughDisk(
+        f"A disk is full{place}: {error.strerror}.",
+        why="Something was written that no longer fits: the merged model, a download, or the report.",
+        fix="Free space, or point `work-dir`, `cache-dir` and `report-dir` at a larger disk.",
+    )
 
 
 def families() -> Iterator[type[RunnerError]]:

@@ -6,12 +6,13 @@ The supervisor alone turns them into log lines, outputs and publishing. No torch
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner.checkpoint.digests import MergedCheckpoint
 from runner.combination import Combination
 from runner.errors import Problem
+from runner.gpu_turn import GpuWish
 from runner.limits import Evaluation, Limits
 from runner.plan import PlanSummary
 from runner.rounding import Rounding
@@ -33,6 +34,7 @@ class Job:
         dtype: "auto", "bfloat16", "float16" or "float32".
         rounding: of the values that the adapter changes.
         device: "auto", "cuda" or "cpu".
+        gpu: what has to be free of a GPU before it is used.
         prompts: the user's own, added to the built-in ones.
         evaluation: on a text and tasks of the user's own.
         limits: of the judgement, loosened or set.
@@ -48,6 +50,7 @@ class Job:
     dtype: str
     rounding: Rounding
     device: str
+    gpu: GpuWish = field(default_factory=GpuWish)
     prompts: tuple[str, ...]
     evaluation: Evaluation
     limits: Limits
@@ -59,14 +62,22 @@ class Ready:
     """The worker has imported its libraries.
 
     Attributes:
-        versions: library → version.
+        versions: library → version, and those of the GPU's driver where there is one.
         cuda_device: name of the GPU it can compute on, or None.
-        cuda_problem: why it cannot, where there is something to say.
+        cuda_problem: why it cannot: `what` in the middle of a sentence. None exactly where there is a device.
     """
 
     versions: dict[str, str]
     cuda_device: str | None
-    cuda_problem: str | None
+    cuda_problem: Problem | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """Something that the user should know now, such as what is waited for."""
+
+    text: str
+    is_warning: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +132,9 @@ class Failed:
     problem: Problem
 
 
-Event = Ready | PhaseStarted | Progress | Planned | Merged | Judged | Failed
+Event = Ready | Told | PhaseStarted | Progress | Planned | Merged | Judged | Failed
 _KINDS: dict[str, type[Event]] = {
-    kind.__name__: kind for kind in (Ready, PhaseStarted, Progress, Planned, Merged, Judged, Failed)
+    kind.__name__: kind for kind in (Ready, Told, PhaseStarted, Progress, Planned, Merged, Judged, Failed)
 }
 
 

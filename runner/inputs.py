@@ -17,6 +17,7 @@ from runner.declared import INPUTS
 from runner.errors import InputError, Problem
 from runner.form import Form
 from runner.limits import Evaluation, Limits
+from runner.machine import Machine, read_machine
 from runner.reference import RepoRef
 from runner.rounding import Rounding
 from runner.signature import SigningKey
@@ -43,6 +44,7 @@ class Inputs:
         dtype: of the merged weights.
         rounding: of the values that the adapter changes.
         device: of the worker.
+        machine: where the worker runs, and how long.
         hf_token: set whenever `mode` is publish.
         base_token: for reading; the same as `hf_token` unless another is given.
         signing_key: of the release's signature, or None for none.
@@ -70,6 +72,7 @@ class Inputs:
     dtype: Literal["auto", "bfloat16", "float16", "float32"]
     rounding: Rounding
     device: Literal["auto", "cuda", "cpu"]
+    machine: Machine
     hf_token: str | None = field(repr=False)
     base_token: str | None = field(repr=False)
     signing_key: SigningKey | None
@@ -104,7 +107,7 @@ class Inputs:
         def folder(path: Path | None) -> str:
             return "" if path is None else self.workspace.show(path)
 
-        wanted = self.combination
+        wanted, machine = self.combination, self.machine.public()
         weighted = zip(self.adapters, wanted.weights if wanted else (1.0,) * len(self.adapters), strict=True)
         return {
             "adapter-path": "\n".join(
@@ -124,10 +127,12 @@ class Inputs:
             "rounding": self.rounding.kind,
             "rounding-seed": "" if self.rounding.seed is None else str(self.rounding.seed),
             "device": self.device,
+            **{name: machine[name] for name in ("executor", "gpus", "min-free-vram", "gpu-wait-timeout")},
             "private": self.private,
             "work-dir": folder(self.work_dir),
             "report-dir": folder(self.report_dir),
             "cache-dir": folder(self.cache_dir),
+            "phase-timeout-minutes": machine["phase-timeout-minutes"],
             "verify-prompts": len(self.verify_prompts),
             "verify-tolerance": " ".join(f"{loosened.layer}={loosened.limit!r}" for loosened in self.limits.tolerances),
             "quality-limits": " ".join(limit.text for limit in self.limits.quality),
@@ -193,6 +198,7 @@ def parse(
         dtype=cast(Literal["auto", "bfloat16", "float16", "float32"], form.choice("dtype")),
         rounding=read_rounding(form, mode=mode),
         device=cast(Literal["auto", "cuda", "cpu"], form.choice("device")),
+        machine=read_machine(form),
         hf_token=hf_token,
         base_token=values.get("base-token") or hf_token,
         signing_key=form.signing_key("signing-key"),

@@ -14,6 +14,7 @@ from runner.adapter import Adapter, read_adapter
 from runner.base_identity import departures, named_base
 from runner.checkpoint.layout import read_checkpoint
 from runner.combinable import check_combinable
+from runner.disk import REPORT_BYTES, Need, check_room
 from runner.errors import RunnerError
 from runner.hub import Hub, Snapshot, Target, connect, read_patience
 from runner.inputs import Inputs, RepoRef
@@ -129,6 +130,31 @@ def find_release(inputs: Inputs, hubs: Hubs, target: Target | None, origin: Orig
         return None
     return find_existing(
         hubs.writing, target, inputs.tag, origin.input_digest(), on_existing_tag=inputs.on_existing_tag
+    )
+
+
+def check_disks(inputs: Inputs, hubs: Hubs, resolved: Resolved, *, work: Path, cache: Path) -> None:
+    """Return if downloads, merged model and report fit on their disks, as far as that is known before a plan.
+
+    Raises:
+        NotEnoughDisk: they do not.
+        HubError: the base cannot be listed.
+    """
+    if inputs.mode != "publish":
+        return
+    ref = resolved.base_ref
+    if ref.path is not None:
+        total, missing = sum(path.stat().st_size for path in ref.path.glob("model*.safetensors")), 0
+    else:
+        total, missing = hubs.reading.needs(ref, cache_dir=cache)
+    kept = sum(path.stat().st_size for path in work.rglob("*.safetensors"))  # by a run that was interrupted
+    least = total if inputs.dtype in ("auto", "float32") else total // 2
+    check_room(
+        [
+            Need(folder=cache, size_bytes=missing, name="cache-dir", what="the base"),
+            Need(folder=work, size_bytes=max(least - kept, 0), name="work-dir", what="the merged model"),
+            Need(folder=inputs.report_dir, size_bytes=REPORT_BYTES, name="report-dir", what="the report"),
+        ]
     )
 
 

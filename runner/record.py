@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from runner.canvas import Picture
 from runner.checkpoint.digests import MergedCheckpoint
 from runner.errors import Problem
+from runner.hub import Traffic
 from runner.inputs import Inputs
 from runner.plan import PlanSummary
 from runner.provenance import Origin
@@ -20,7 +21,10 @@ from runner.verify.verdict import Verdict
 
 @dataclass(slots=True)
 class Record:
-    """The run under way; the one mutable noun, owned by the supervisor."""
+    """The run under way; the one mutable noun, owned by the supervisor.
+
+    `is_elsewhere`: the run is another container's, which tells everything itself.
+    """
 
     inputs: Inputs | None = None
     origin: Origin | None = None
@@ -35,7 +39,9 @@ class Record:
     problems: tuple[Problem, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     peak_rss_bytes: int | None = None
+    traffic: Traffic | None = None
     phase: str = "inputs"
+    is_elsewhere: bool = False
     timings: list[tuple[str, float]] = field(default_factory=list)
 
     @contextmanager
@@ -72,5 +78,6 @@ class Record:
             problems=self.problems,
             phases=tuple(self.timings),
             versions=self.versions,
+            cache_bytes=(self.traffic.hit_bytes, self.traffic.miss_bytes) if self.traffic else None,
             checksums=self.checksums if self.release is not None else None,
         )

@@ -16,7 +16,8 @@ from pathlib import Path
 from runner import summary
 from runner.canvas import Picture
 from runner.checkpoint.digests import MergedCheckpoint
-from runner.errors import Problem, RunnerError
+from runner.errors import Problem, RunnerError, disk_full
+from runner.owner import give, owner_of
 from runner.pictures import picture_files
 from runner.plan import PlanSummary
 from runner.provenance import CHECKSUMS
@@ -46,6 +47,7 @@ class Report:
         phases: (name, seconds) in their order.
         versions: library → version.
         checksums: `checksums.txt` of the release that this run published; None where it published none.
+        cache_bytes: of what came from the Hub, (found in the cache, downloaded); None where nothing was asked for.
     """
 
     inputs_public: Mapping[str, str | bool | int]
@@ -61,6 +63,7 @@ class Report:
     phases: tuple[tuple[str, float], ...] = ()
     versions: Mapping[str, str]
     checksums: bytes | None = None
+    cache_bytes: tuple[int, int] | None = None
 
     def outputs(self) -> dict[str, str]:
         """Return every output of `action.yml`; "" where the run did not reach it. Numbers are written with `repr`."""
@@ -85,6 +88,16 @@ class Report:
             "storage-violations": _text(self._storage_violations()),
             "end-to-end-error": _text(self._end_to_end_error()),
             "effect": _text(quality.effect if quality else None),
+            **self._cache_outputs(),
+        }
+
+    def _cache_outputs(self) -> dict[str, str]:
+        hit, miss = self.cache_bytes or (0, 0)
+        is_known = self.cache_bytes is not None and hit + miss > 0
+        return {
+            "cache-hit": str(miss == 0).lower() if is_known else "",
+            "cache-hit-bytes": str(hit) if is_known else "",
+            "cache-miss-bytes": str(miss) if is_known else "",
         }
 
     def to_json(self) -> str:
@@ -158,9 +171,9 @@ class Report:
                 JSON_FILE: self.to_json().encode("utf-8", "replace"),
             }
             made += [_write(report_dir / name, content) for name, content in files.items()]
-            _give_to_owner(made, like=report_dir if report_dir not in made else made[0].parent)
+            give(made, owner_of(report_dir if report_dir not in made else made[0].parent))
         except OSError as error:
-            raise RunnerError(
+            raise disk_full(error) or RunnerError(
                 f"The report cannot be written into {str(report_dir)!r} ({error.strerror}).",
                 why="The folder must be writable, and its disk must have room for a few MB.",
                 fix="Set `report-dir` to another folder, or make room.",
@@ -236,14 +249,6 @@ def _make_folders(folder: Path) -> list[Path]:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing[::-1]
-
-
-def _give_to_owner(paths: Sequence[Path], *, like: Path) -> None:
-    """Let what root wrote into a user's folder belong to that user: else the runner's next checkout cannot clean it."""
-    owner = like.stat()
-    if os.geteuid() == 0:
-        for path in paths:
-            os.chown(path, owner.st_uid, owner.st_gid)
 
 
 def _write(path: Path, content: bytes) -> Path:

@@ -53,6 +53,7 @@ def usage(specs: Sequence[InputSpec]) -> str:
         "",
         "Merges an adapter into its base model, verifies the merge and publishes it as a tagged revision.",
         "Every input is a flag or an environment variable INPUT_<NAME>; secrets are variables only.",
+        "--check-gpu alone says whether this machine gives the worker a GPU, and what to do if not.",
         "",
     ]
     for spec in specs:

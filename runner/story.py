@@ -15,18 +15,20 @@ from runner.card import CardFacts
 from runner.checkpoint.digests import MergedCheckpoint, digest_folder, digest_of
 from runner.documents import make_documents, merge_facts
 from runner.errors import LaunchError, PublishError
-from runner.events import Event, Job, Judged, Merged, PhaseStarted, Planned, Progress
+from runner.events import Event, Judged, Merged, PhaseStarted, Planned, Progress, Told
 from runner.github import GitHub
-from runner.hub import Target
+from runner.hub import Target, Traffic
 from runner.inherited import inherit, read_readme
 from runner.inputs import Inputs
-from runner.launch import Worker
+from runner.launch import Worker, launch
 from runner.loading import read_loading
+from runner.orders import worker_job, worker_wish
 from runner.pictures import draw
 from runner.plan import PlanSummary
 from runner.preflight import (
     Hubs,
     Resolved,
+    check_disks,
     fetch_base,
     fetch_merged,
     find_release,
@@ -37,11 +39,11 @@ from runner.preflight import (
 from runner.provenance import CHECKSUMS, released
 from runner.publish import Release, publish
 from runner.record import Record
+from runner.stop import Stops
 from runner.verify.verdict import Status, Verdict
 from runner.work import WorkFolder
 
 PROGRESS_EVERY_S = 15.0
-SEED = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,6 +55,7 @@ class Story:
     github: GitHub
     record: Record
     work: WorkFolder
+    stops: Stops
 
     def run(self) -> None:
         """Do what the inputs ask for; the record says what came of it.
@@ -67,56 +70,58 @@ class Story:
             resolved = resolve(self.inputs, hubs, cache, self.github.info)
             self.record.origin, self.record.notes = resolved.origin, resolved.notes
             existing = find_release(self.inputs, hubs, target, resolved.origin)
+            if existing is None:
+                check_disks(self.inputs, hubs, resolved, work=self.work.path, cache=cache)
         if existing is not None:
             self._nothing_to_do(existing)
             return
-        home, lock = self.work.path / "worker", self.work.lock
-        with Worker(self.environ, home=home, log=self._relay, lock=lock) as worker:
+        with launch(
+            worker_wish(self.inputs, self.environ, self.work, cache), log=self._relay, say=self.github.info
+        ) as worker:
+            self.stops.at_once(worker.stop)
             if self.inputs.device == "cuda":  # no GPU is told before the base is downloaded, not after
                 self._check_device(worker)
             with self._phase("download"):
                 base = fetch_base(resolved, hubs, cache, headers_only=self.inputs.mode == "plan")
                 merged = fetch_merged(self.inputs, hubs, cache) if self.inputs.mode == "verify" else None
+                self._tell_traffic(hubs.reading.traffic)
             if self.inputs.device != "cuda":
                 self._check_device(worker)
-            worker.give(self._job(resolved, base, merged))
+            if merged is not None:
+                self.record.merged_digest = digest_of(released(digest_folder(merged)))
+            worker.give(
+                worker_job(
+                    self.inputs, self.environ, resolved, base=base, merged=merged or self.work.merged, cache=cache
+                )
+            )
             self._follow(worker)
         if self.record.verdict is not None:
             self.record.pictures = draw(self.record.verdict)
         if target is not None:
             self._publish(hubs, target, resolved, base)
 
-    def _job(self, resolved: Resolved, base: Path, merged: Path | None) -> Job:
-        if merged is not None:
-            self.record.merged_digest = digest_of(released(digest_folder(merged)))
-        return Job(
-            base=base,
-            adapters=tuple(adapter.root for adapter in resolved.adapters),
-            combination=self.inputs.combination,
-            merged=merged or self.work.merged,
-            merges=self.inputs.mode == "publish",
-            verifies=self.inputs.mode != "plan",
-            dtype=self.inputs.dtype,
-            rounding=self.inputs.rounding,
-            device=self.inputs.device,
-            prompts=self.inputs.verify_prompts,
-            evaluation=self.inputs.evaluation,
-            limits=self.inputs.limits,
-            seed=SEED,
-        )
+    def _tell_traffic(self, traffic: Traffic) -> None:
+        self.record.traffic = traffic
+        if traffic.hit_bytes or traffic.miss_bytes:
+            self.github.info(
+                f"Downloads: {traffic.hit_bytes / 1e6:.1f} MB were in the cache, {traffic.miss_bytes / 1e6:.1f} MB not."
+            )
 
     def _check_device(self, worker: Worker) -> None:
         ready = worker.wait_until_ready()
         self.record.versions = dict(ready.versions)
-        if self.inputs.device == "cuda" and ready.cuda_device is None:
+        problem = ready.cuda_problem
+        if self.inputs.device == "cuda" and problem is not None:
             raise LaunchError(
-                f"`device` is cuda, but there is no GPU: {ready.cuda_problem}.",
-                why="GitHub starts container actions without `--gpus`, and this run never falls back to the CPU.",
-                fix="Make nvidia the default runtime of the runner's Docker, run the image yourself with "
-                "`docker run --gpus all`, or set `device: cpu`.",
+                f"`device` is cuda, but there is no GPU: {problem.what}.",
+                why=f"{problem.why} This run never falls back to the CPU.",
+                fix=f"{problem.fix} Or set `device: cpu`.",
             )
         uses_gpu = self.inputs.device != "cpu" and ready.cuda_device is not None
-        self.github.info(f"Worker: {ready.cuda_device if uses_gpu else 'CPU'}, torch {ready.versions.get('torch')}.")
+        because = f" ({problem.what})" if problem is not None and self.inputs.device == "auto" else ""
+        self.github.info(
+            f"Worker: {ready.cuda_device if uses_gpu else 'CPU'}{because}, torch {ready.versions.get('torch')}."
+        )
 
     def _follow(self, worker: Worker) -> None:
         phase: str | None = None
@@ -127,6 +132,7 @@ class Story:
                 self._finish_phase(phase, started)
                 phase, started, shown = event.phase, now, now
                 self.record.phase = phase
+                self.stops.begin_phase()
                 self.github.info(f"{phase.capitalize()} …")
             elif isinstance(event, Progress):
                 if now - shown >= PROGRESS_EVERY_S:
@@ -135,13 +141,18 @@ class Story:
             else:
                 self._take(event)
         self._finish_phase(phase, started)
+        self.stops.end_phase()
 
     def _finish_phase(self, phase: str | None, started: float) -> None:
         if phase is not None:
             self.record.timings.append((phase, time.monotonic() - started))
 
     def _take(self, event: Event) -> None:
-        if isinstance(event, Planned):
+        if isinstance(event, Told) and event.is_warning:
+            self.github.warning("LoRA merge", event.text)
+        elif isinstance(event, Told):
+            self.github.info(event.text)
+        elif isinstance(event, Planned):
             self.record.plan = replace(event.summary, notes=(*self.record.notes, *event.summary.notes))
             for line in plan_lines(event.summary):
                 self.github.info(line)
@@ -253,8 +264,10 @@ class Story:
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         self.github.info(f"{name.capitalize()} …")
+        self.stops.begin_phase()
         with self.record.timed(name):
             yield
+        self.stops.end_phase()
 
 
 def progress_line(event: Progress, elapsed_s: float) -> str:

@@ -7,26 +7,38 @@ codes of `runner.errors`; this is the one place that catches everything.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
+from typing import TYPE_CHECKING
 
-from runner.errors import EXIT_CANCELLED, EXIT_INTERNAL, EXIT_VERDICT_FAILED, Problem, RunnerError
+from runner.check import check_gpu
+from runner.errors import (
+    EXIT_CANCELLED,
+    EXIT_INTERNAL,
+    EXIT_VERDICT_FAILED,
+    PhaseTimeout,
+    Problem,
+    RunnerError,
+    disk_full,
+)
 from runner.event import read_event
 from runner.github import GitHub
-from runner.inputs import given_secrets, parse, usage, wants_help
+from runner.inputs import Inputs, given_secrets, parse, usage, wants_help
+from runner.launch import has_engine, is_mounted, own_ids
+from runner.owner import give_back
 from runner.record import Record
+from runner.stop import PhaseTimedOut, Stopped, Stops
 from runner.story import Story
 from runner.work import work_folder
 
+if TYPE_CHECKING:
+    from runner.launch.again import Again
 
-class Cancelled(BaseException):
-    """The runner, the user or the machine asked this process to stop."""
+END_S = 7.0  # for the second container to end, which has its own clock
 
 
 def main(environ: Mapping[str, str], argv: Sequence[str]) -> int:
@@ -40,68 +52,114 @@ def main(environ: Mapping[str, str], argv: Sequence[str]) -> int:
         print(usage())
         return 0
     github = GitHub(environ, sys.stdout)
+    if "--check-gpu" in argv:
+        return check_gpu(environ, github)
     for secret in given_secrets(environ):
         github.mask(secret)
     record = Record()
-    with _signals():
+
+    def tell_stopped(stopped: Stopped) -> int:
+        if record.is_elsewhere:
+            return EXIT_CANCELLED
+        error = _timed_out(record) if isinstance(stopped, PhaseTimedOut) else None
+        record.problems = (error.problem,) if error else (_cancelled(record),)
+        return _tell(github, record, error.exit_code if error else EXIT_CANCELLED)
+
+    with Stops(tell_stopped) as stops:
         try:
             with github.relayed_stderr():  # what libraries print may quote a server, and must not be a command
-                code = _run(environ, argv, github, record)
-        except RunnerError as error:
-            record.problems = error.problems
-            code = error.exit_code
-        except (Cancelled, KeyboardInterrupt):
-            record.problems = (_cancelled(record),)
-            code = EXIT_CANCELLED
-        except Exception:  # noqa: BLE001  (the edge: whatever nobody foresaw ends here, named as our fault)
-            record.problems = (_unforeseen(github),)
-            code = EXIT_INTERNAL
+                code = _run(environ, argv, github, record, stops)
+            if record.is_elsewhere:
+                return code
+        except (Stopped, Exception) as error:  # noqa: BLE001  (the edge: whatever nobody foresaw ends here)
+            # What goes wrong while a stopped run is left does not change why it ends.
+            stopped = stops.stopped
+            if stopped is not None:
+                told = stops.tell_once(stopped)
+                if told is None:  # the other thread does, and ends this process
+                    threading.Event().wait()
+                return told or 0
+            code = _note(error, github, record)
     return _tell(github, record, code)
 
 
-def _run(environ: Mapping[str, str], argv: Sequence[str], github: GitHub, record: Record) -> int:
+def _note(error: BaseException, github: GitHub, record: Record) -> int:
+    """Note in the record why the run ended, and return the exit code."""
+    known = disk_full(error) if isinstance(error, OSError) else error
+    if isinstance(known, RunnerError):
+        record.problems = known.problems
+        return known.exit_code
+    record.problems = (_unforeseen(github),)
+    return EXIT_INTERNAL
+
+
+def _run(environ: Mapping[str, str], argv: Sequence[str], github: GitHub, record: Record, stops: Stops) -> int:
     event = read_event(environ)
     inputs = parse(environ, argv, event_tag=event.tag, event_problems=event.problems)
     for secret in inputs.secrets:
         github.mask(secret)
     record.inputs = inputs
+    again = _start_again(environ, inputs, github)
+    if again is not None:
+        stops.unwind_s = END_S
+        stops.at_once(again.interrupt)
+        record.is_elsewhere = True
+        return again.relay()
+    stops.limit_phases(inputs.machine.phase_timeout_s)
     temporary = Path(environ.get("RUNNER_TEMP") or tempfile.gettempdir())
-    with work_folder(inputs.work_dir, temporary, github.info) as work:
-        os.environ.setdefault("HF_HOME", str(work.path / "hf"))  # huggingface_hub reads it when it is imported
-        Story(inputs=inputs, environ=environ, github=github, record=record, work=work).run()
+    try:
+        with work_folder(inputs.work_dir, temporary, github.info) as work:
+            os.environ.setdefault("HF_HOME", str(work.path / "hf"))  # huggingface_hub reads it when it is imported
+            github.save_state({"container": next(iter(own_ids()), ""), "work": str(work.path)})
+            Story(inputs=inputs, environ=environ, github=github, record=record, work=work, stops=stops).run()
+    finally:
+        for folder, is_ours in ((inputs.cache_dir, True), (inputs.work_dir, False)):
+            if folder is not None:
+                give_back(folder, inputs.workspace.root, whole=is_ours)
     failed = record.verdict is not None and not record.verdict.passed and record.release is None
     return EXIT_VERDICT_FAILED if failed else 0
+
+
+def _start_again(environ: Mapping[str, str], inputs: Inputs, github: GitHub) -> Again | None:
+    """Return the container that can reach `cache-dir`, where this one cannot; None to go on here."""
+    if inputs.cache_dir is None or not own_ids() or inputs.cache_dir.is_relative_to(inputs.workspace.root):
+        return None
+    if inputs.machine.executor != "inline" and has_engine(environ):
+        from runner.launch.again import start_again  # the Docker SDK takes a moment, for those who need it
+
+        return start_again(environ, inputs.cache_dir, github.info)
+    if not is_mounted(inputs.cache_dir):
+        github.warning(
+            "`cache-dir` keeps nothing",
+            f"{inputs.cache_dir} lies in this container, and is gone with it. A folder of the host needs the Docker "
+            "socket and `executor: auto`, or `docker run -v`.",
+        )
+    return None
 
 
 def _tell(github: GitHub, record: Record, code: int) -> int:
     for problem in record.problems:
         github.error(problem)
     report = record.report()
-    try:
-        outputs = report.outputs()
+    outputs = report.outputs()
+    failures = []
+
+    def try_to(do: Callable[[], None]) -> None:  # one that fails (a full disk) must not take the others with it
+        try:
+            do()
+        except RunnerError as error:
+            github.error(error.problem)
+            failures.append(error.exit_code)
+
+    def write_report() -> None:
+        outputs["report-path"] = ""
         if record.inputs is not None:
             outputs["report-path"] = record.inputs.workspace.show(report.write(record.inputs.report_dir))
-        github.append_summary(report.to_markdown())
-        github.set_outputs(outputs)
-    except RunnerError as error:
-        github.error(error.problem)
-        return code or error.exit_code
-    return code
 
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    def stop(number: int, _frame: FrameType | None) -> None:
-        for again in (signal.SIGINT, signal.SIGTERM):  # a second one must not interrupt the clean-up
-            signal.signal(again, signal.SIG_IGN)
-        raise Cancelled(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    try_to(write_report)
+    try_to(lambda: github.append_summary(report.to_markdown()))
+    try_to(lambda: github.set_outputs(outputs))
+    return code or next(iter(failures), 0)
 
 
 def _cancelled(record: Record) -> Problem:
@@ -109,6 +167,16 @@ def _cancelled(record: Record) -> Problem:
         what=f"The run was cancelled in the phase `{record.phase}`.",
         why="The process got SIGINT or SIGTERM: a cancelled job, a timeout, or Ctrl-C.",
         fix="Run again: what is on the Hub already is found and not written twice. " + record.standing(),
+    )
+
+
+def _timed_out(record: Record) -> PhaseTimeout:
+    limit_s = (record.inputs.machine.phase_timeout_s if record.inputs else None) or 0
+    return PhaseTimeout(
+        f"The phase `{record.phase}` took longer than {limit_s / 60:g} minutes.",
+        why="`phase-timeout-minutes` ends a phase that hangs, so that there is time left to clean up.",
+        fix="If the phase needs more time, set `phase-timeout-minutes` higher; the log says how far it was. "
+        + record.standing(),
     )
 
 

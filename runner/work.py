@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import RunnerError
+from runner.owner import give, owner_of
 
 FOLDER = "lora-merge-run"
 MERGED = "merged"
+PREFIX = "lora-merge-"  # of temporary folders
 JOURNAL = f"{MERGED}.journal.json"
 LOCK_WAIT_S = 5.0  # a worker whose supervisor was killed needs a moment to end
 
@@ -60,7 +62,7 @@ def work_folder(work_dir: Path | None, temporary: Path, say: Callable[[str], Non
     try:
         parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(parent / FOLDER) if work_dir is not None else None
-        path = parent / FOLDER if lock is not None else Path(tempfile.mkdtemp(prefix="lora-merge-", dir=parent))
+        path = parent / FOLDER if lock is not None else Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     except OSError as error:
         raise RunnerError(
             f"No folder can be made in {str(parent)!r}: {error.strerror}.",
@@ -73,7 +75,8 @@ def work_folder(work_dir: Path | None, temporary: Path, say: Callable[[str], Non
     except BaseException:
         is_kept = lock is not None and (path / JOURNAL).exists()
         if is_kept:
-            _give_to_owner(path, parent)
+            # What root leaves there would stop the runner's next checkout; and the next run looks whose it is.
+            give((path, *path.rglob("*")), owner_of(parent))
             say("What is merged is kept in `work-dir`: the next run with the same inputs goes on from there.")
         raise
     finally:
@@ -107,11 +110,3 @@ def _lock(folder: Path) -> int | None:
                 return None
         os.close(descriptor)
         time.sleep(0.05)
-
-
-def _give_to_owner(folder: Path, parent: Path) -> None:
-    # What root leaves in a user's folder would stop the runner's next checkout, which cleans it.
-    owner = parent.stat()
-    if os.geteuid() == 0:
-        for path in (folder, *folder.rglob("*")):
-            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)

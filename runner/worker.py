@@ -17,8 +17,23 @@ from importlib.metadata import version
 from typing import TextIO
 
 from runner.combination import Several
-from runner.errors import EXIT_CANCELLED, RunnerError
-from runner.events import Event, Failed, Job, Judged, Merged, PhaseStarted, Planned, Progress, Ready, decode_job, encode
+from runner.diagnosis import GpuFacts, diagnose, has_kernels
+from runner.errors import EXIT_CANCELLED, RunnerError, disk_full
+from runner.events import (
+    Event,
+    Failed,
+    Job,
+    Judged,
+    Merged,
+    PhaseStarted,
+    Planned,
+    Progress,
+    Ready,
+    Told,
+    decode_job,
+    encode,
+)
+from runner.gpu_turn import take_turn
 from runner.libraries import leave, quick_imports
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors")
@@ -37,22 +52,28 @@ def main() -> int:
 
     with quick_imports():
         importlib.import_module("runner.merge")  # all of torch, transformers and peft that a plan needs, too
-        ready = _ready()
+        ready, facts = _ready()
     emit(ready)
     line = sys.stdin.readline()
     if not line:
         return EXIT_CANCELLED  # the supervisor needs no worker after all
     threading.Thread(target=_leave_with_supervisor, daemon=True).start()
     try:
-        run(decode_job(line), emit)
+        job = decode_job(line)
+        run(job, emit, _device(job, facts, emit) if job.merges or job.verifies else "cpu")
     except RunnerError as error:
         emit(Failed(family=type(error).__name__, problem=error.problem))
         return error.exit_code
+    except OSError as error:
+        if (full := disk_full(error)) is None:
+            raise
+        emit(Failed(family=type(full).__name__, problem=full.problem))
+        return full.exit_code
     return 0
 
 
-def run(job: Job, emit: Emit) -> None:
-    """Carry out `job`: plan always, merge and verify where it says so.
+def run(job: Job, emit: Emit, device: str = "cpu") -> None:
+    """Carry out `job`: plan always, merge and verify where it says so, the models on `device`.
 
     Raises:
         RunnerError: see the rooms that do the work.
@@ -61,7 +82,6 @@ def run(job: Job, emit: Emit) -> None:
 
     from runner.prepare import prepare
 
-    device = "cuda" if job.device != "cpu" and torch.cuda.is_available() else "cpu"
     emit(PhaseStarted(phase="plan"))
     prepared = prepare(
         job.base,
@@ -105,17 +125,35 @@ def run(job: Job, emit: Emit) -> None:
         emit(Judged(verdict=verdict))
 
 
-def _ready() -> Ready:
-    import torch
+def _ready() -> tuple[Ready, GpuFacts]:
+    from runner.gpu import look
 
-    name, problem = None, None
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name(0)
-    elif torch.version.cuda is None:
-        problem = "the torch in this image is built without CUDA"
-    else:
-        problem = f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees no usable GPU"
-    return Ready(versions={library: version(library) for library in LIBRARIES}, cuda_device=name, cuda_problem=problem)
+    facts = look()
+    problem = diagnose(facts)
+    name = facts.gpus[0].name if problem is None else None
+    versions = {library: version(library) for library in LIBRARIES}
+    if name is not None:
+        versions |= {"GPU": name, "NVIDIA driver": facts.driver or "unknown", "CUDA": facts.torch_cuda or ""}
+    return Ready(versions=versions, cuda_device=name, cuda_problem=problem), facts
+
+
+def _device(job: Job, facts: GpuFacts, emit: Emit) -> str:
+    """Return "cuda" or "cpu", and hold the GPU from now on if it is "cuda"."""
+    from runner.gpu import use
+
+    if job.device == "cpu" or diagnose(facts) is not None:
+        return "cpu"
+    usable = [gpu.uuid for gpu in facts.gpus if has_kernels(gpu.capability, facts.architectures)]
+    try:
+        turn = take_turn(job.gpu, usable, lambda text: emit(Told(text=text)))
+        name = use(turn.uuid)
+    except RunnerError as error:
+        if job.device == "cuda":
+            raise
+        emit(Told(text=f"The run goes on on the CPU: {error.problem.what}", is_warning=True))
+        return "cpu"
+    emit(Told(text=f"GPU: {name} {turn.uuid}."))
+    return "cuda"
 
 
 def _throttled(phase: str, total: int, emit: Emit) -> Callable[[int, int], None]:

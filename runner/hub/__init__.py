@@ -6,7 +6,7 @@ preflight of a publish. huggingface_hub is imported on first use, because the su
 
 from runner.hub.client import MANIFEST, Hub, connect
 from runner.hub.preflight import BRANCH, Refs, Target
-from runner.hub.snapshot import RemoteFile, Snapshot, Tree, content_digest
+from runner.hub.snapshot import RemoteFile, Snapshot, Traffic, Tree, content_digest
 from runner.hub.transport import Patience, read_patience
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "RemoteFile",
     "Snapshot",
     "Target",
+    "Traffic",
     "Tree",
     "connect",
     "content_digest",

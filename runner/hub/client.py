@@ -5,6 +5,7 @@ Algorithms are elsewhere: `runner.publish` decides what to write and when.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from urllib.parse import quote
 from runner.errors import HubError, RepoNotFound
 from runner.hub.preflight import BRANCH, Refs, Target, inspect
 from runner.hub.select import Kind
-from runner.hub.snapshot import Download, RemoteFile, Snapshot, Tree
+from runner.hub.snapshot import Download, RemoteFile, Snapshot, Traffic, Tree
 from runner.hub.transport import DEFAULT_TIMEOUT_S, Caller, Patience, install_client
 from runner.reference import RepoRef
 from runner.syntax import is_commit, parse_json
@@ -26,6 +27,7 @@ T = TypeVar("T")
 A = TypeVar("A")
 
 MANIFEST = "merge-manifest.json"
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")  # some repositories hold a copy under other names
 MAX_MANIFEST_BYTES = 16 << 20
 
 
@@ -58,6 +60,7 @@ class Hub:
         """Take the client (it holds the token) and what repeats its calls; see `connect`."""
         self._api = api
         self._caller = caller
+        self.traffic = Traffic()
 
     def __repr__(self) -> str:
         return f"Hub({self.endpoint!r})"
@@ -101,9 +104,23 @@ class Hub:
         if ref.path is not None:
             return Snapshot(ref=ref, repo_id=None, commit=None, root=ref.path)
         repo_id, commit = str(ref.repo_id), self.resolve(ref)
-        download = Download(self._api, self._caller, repo_id=repo_id, commit=commit, cache_dir=cache_dir)
+        download = Download(
+            self._api, self._caller, repo_id=repo_id, commit=commit, cache_dir=cache_dir, traffic=self.traffic
+        )
         root = download.fetch(self.tree(repo_id, commit), kind)
         return Snapshot(ref=ref, repo_id=repo_id, commit=commit, root=root)
+
+    def needs(self, ref: RepoRef, *, cache_dir: Path) -> tuple[int, int]:
+        """Return the bytes of a base's weights on the Hub, at a commit, and how many of them are not in the cache.
+
+        Raises:
+            HubError: the repository cannot be listed.
+        """
+        repo_id, commit = str(ref.repo_id), self.resolve(ref)
+        tree = self.tree(repo_id, commit)
+        weights = {path: file for path, file in tree.items() if _WEIGHTS.fullmatch(path)}
+        download = Download(self._api, self._caller, repo_id=repo_id, commit=commit, cache_dir=cache_dir)
+        return sum(file.size_bytes for file in weights.values()), download.missing_bytes(weights)
 
     def outline(self, ref: RepoRef, *, cache_dir: Path) -> Snapshot:
         """Return a base as a folder with its headers instead of its weights: enough to plan, and only for that.

@@ -8,13 +8,15 @@ that does not match is fetched again once. What was checked is noted, so that a 
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,15 +75,26 @@ class RemoteFile:
         return self.sha256 or self.blob_sha1
 
 
+@dataclass(slots=True, kw_only=True)
+class Traffic:
+    """Bytes of files that were wanted so far: found in the cache, and downloaded."""
+
+    hit_bytes: int = 0
+    miss_bytes: int = 0
+
+
 Tree = Mapping[str, RemoteFile]
 
 
 class Download:
     """One repository at one commit, on its way into the cache."""
 
-    def __init__(self, api: HfApi, caller: Caller, *, repo_id: str, commit: str, cache_dir: Path) -> None:
-        """Take the client, the repository, the whole commit id, and the folder of the cache."""
+    def __init__(
+        self, api: HfApi, caller: Caller, *, repo_id: str, commit: str, cache_dir: Path, traffic: Traffic | None = None
+    ) -> None:
+        """Take the client, the repository, the whole commit id, the folder of the cache, and what counts bytes."""
         self._api, self._caller = api, caller
+        self._traffic = traffic or Traffic()
         self._repo_id, self._commit, self._cache = repo_id, commit, cache_dir
         self._named = f"{repo_id}@{commit[:12]}"
 
@@ -95,12 +108,21 @@ class Download:
         """
         self._cache.mkdir(parents=True, exist_ok=True)
         wanted = {path: tree[path] for path in self._select(tree, kind)}
-        self._check_space(wanted)
+        missing_bytes = self.missing_bytes(wanted)
+        self._check_space(missing_bytes)
         self._download(tuple(wanted))
+        self._traffic.miss_bytes += missing_bytes
+        self._traffic.hit_bytes += sum(file.size_bytes for file in wanted.values()) - missing_bytes
         view = self._cache / "views" / self._repo_id.replace("/", "--") / f"{self._commit}-{kind}"
-        self._check(wanted, view.with_name(f"{view.name}.json"))
-        self._link(wanted, view)
+        with _alone(view.with_name(f"{view.name}.lock")):  # another job may share the cache
+            self._check(wanted, view.with_name(f"{view.name}.json"))
+            self._link(wanted, view)
         return view
+
+    def missing_bytes(self, wanted: Tree) -> int:
+        """Return how much of `wanted` is not in the cache."""
+        blobs = self._cache / f"models--{self._repo_id.replace('/', '--')}" / "blobs"
+        return sum(file.size_bytes for file in wanted.values() if not (blobs / file.digest).exists())
 
     def outline(self, tree: Tree) -> Path:
         """Return the base's folder with headers instead of weights; see `runner.hub.outline`.
@@ -146,9 +168,7 @@ class Download:
             )
         return tuple(sorted(names | set(companions(tree, kind))))
 
-    def _check_space(self, wanted: Tree) -> None:
-        blobs = self._cache / f"models--{self._repo_id.replace('/', '--')}" / "blobs"
-        needed = sum(file.size_bytes for file in wanted.values() if not (blobs / file.digest).exists())
+    def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self._cache).free
         if needed and needed + SPARE_DISK_BYTES > free:
             raise NotEnoughDisk(
@@ -211,6 +231,18 @@ class Download:
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(os.path.relpath(self._stored(path), (view / path).parent))
             made.rename(view)
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process is here, and keep them out."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _matches(path: Path, file: RemoteFile) -> bool:

@@ -15,17 +15,18 @@ Source: actions/runner v2.336.0, ContainerActionHandler.cs, DockerCommandManager
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from tests.contract.runner_end import cancel, kill, remove_container
 from tests.contract.runner_event import Event
 from tests.contract.runner_grammar import MAX_SUMMARY_BYTES, Annotation, InvalidFile, Log, parse_entries
 
@@ -43,7 +44,6 @@ _PREFIXES = {
     "ENV": "set_env_",
     "PATH": "add_path_",
 }
-_CANCEL = ((signal.SIGINT, 7.5), (signal.SIGTERM, 2.5), (signal.SIGKILL, 30.0))
 
 
 class ContractViolation(AssertionError):
@@ -60,6 +60,7 @@ class RunResult:
     state: dict[str, str]
     summary: str
     annotations: tuple[Annotation, ...]
+    cancelled_s: float | None = None  # from the first signal until the step was gone
 
     def annotations_of(self, kind: str) -> list[Annotation]:
         return [annotation for annotation in self.annotations if annotation.kind == kind]
@@ -92,9 +93,11 @@ class Runner:
         env: Mapping[str, str] | None = None,
         program: Path | None = None,
         cancel_when: str | None = None,
+        kill_when: str | None = None,
         timeout_s: float = 600,
+        post_of: RunResult | None = None,
     ) -> RunResult:
-        """Run the step.
+        """Run the step, or the action's post step after it.
 
         Args:
             inputs: `with:` of the step; those of `action.yml` that are absent get their default.
@@ -104,13 +107,19 @@ class Runner:
             env: `env:` of the job.
             program: run instead of the action's entrypoint, by a process.
             cancel_when: the run is cancelled once a line of the log holds this text.
+            kill_when: the same for SIGKILL to the step itself, as the kernel does when memory runs out.
             timeout_s: then the run is cancelled too.
+            post_of: run the post step of the step that ended so.
 
         Raises:
             ContractViolation: GitHub would have dropped, failed or leaked something.
         """
         files = self._make_files()
         variables = self._variables(inputs, event, files, env or {})
+        entrypoint = "entrypoint"
+        if post_of is not None:
+            entrypoint = "post-entrypoint"
+            variables |= {f"STATE_{name}": value for name, value in post_of.state.items()}
         secrets = {variables[name] for name in SECRET_VARIABLES if variables.get(name)}
         log = Log(secrets=secrets | {RUNTIME_TOKEN, ID_TOKEN})
         log.violations += [
@@ -119,16 +128,17 @@ class Runner:
         name = f"emulated_{uuid.uuid4().hex[:12]}"
         if executor == "docker":
             assert image, "executor docker needs an image"
-            command, process_env = self._docker(name, image, variables)
+            command, process_env = self._docker(name, image, variables, entrypoint)
         else:
-            command = [sys.executable, str(program or self._entrypoint())]
+            command = [sys.executable, str(program or self._program(entrypoint))]
             process_env = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **variables}
         try:
-            exit_code = self._watch(command, process_env, log, cancel_when, timeout_s)
+            end = partial(kill, name if executor == "docker" else None) if kill_when else cancel
+            exit_code, cancelled_s = self._watch(command, process_env, log, cancel_when or kill_when, timeout_s, end)
         finally:
-            if executor == "docker" and _remove_container(name):
+            if executor == "docker" and remove_container(name):
                 log.violations.append("the container outlived the step")
-        return self._collect(exit_code, log, files, secrets)
+        return replace(self._collect(exit_code, log, files, secrets), cancelled_s=cancelled_s)
 
     def _make_files(self) -> dict[str, Path]:
         suffix = str(uuid.uuid4())
@@ -170,8 +180,8 @@ class Runner:
             "ACTIONS_ID_TOKEN_REQUEST_TOKEN": ID_TOKEN,
         }
 
-    def _entrypoint(self) -> Path:
-        return self.action / Path(self.metadata["runs"]["entrypoint"]).relative_to("/app")
+    def _program(self, entrypoint: str) -> Path:
+        return self.action / Path(self.metadata["runs"][entrypoint]).relative_to("/app")
 
     def _mounts(self) -> dict[str, str]:
         return {
@@ -182,13 +192,15 @@ class Runner:
             str(self.workspace): "/github/workspace",
         }
 
-    def _docker(self, name: str, image: str, variables: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    def _docker(
+        self, name: str, image: str, variables: Mapping[str, str], entrypoint: str
+    ) -> tuple[list[str], dict[str, str]]:
         mounts = self._mounts()
         translated = {key: _translate(value, mounts) for key, value in variables.items()}
         command = ["docker", "run", "--name", name, "--label", "emulated", "--workdir", "/github/workspace", "--rm"]
         for key in translated:
             command += ["-e", key]
-        command += ["--entrypoint", self.metadata["runs"]["entrypoint"], "--network", "host"]
+        command += ["--entrypoint", self.metadata["runs"][entrypoint], "--network", "host"]
         socket = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock").removeprefix("unix://")
         if Path(socket).is_socket():  # an engine in another place has none to mount
             mounts = {socket: "/var/run/docker.sock", **mounts}
@@ -198,8 +210,14 @@ class Runner:
         return [*command, image], {**os.environ, **translated}
 
     def _watch(
-        self, command: list[str], env: Mapping[str, str], log: Log, cancel_when: str | None, timeout_s: float
-    ) -> int:
+        self,
+        command: list[str],
+        env: Mapping[str, str],
+        log: Log,
+        when: str | None,
+        timeout_s: float,
+        end: Callable[[subprocess.Popen[bytes]], float],
+    ) -> tuple[int, float | None]:
         # Its output goes to a file, so that a full pipe can never stop the step.
         output = self.temp / f"output_{uuid.uuid4().hex}"
         with output.open("wb") as sink:
@@ -213,10 +231,9 @@ class Runner:
                     process.wait(timeout=0.1)
                 except subprocess.TimeoutExpired:
                     waited_s += 0.1
-                text = output.read_text(errors="replace") if cancel_when else ""
-                is_cancelled = waited_s > timeout_s or bool(cancel_when and cancel_when in text)
-            if process.poll() is None:
-                _cancel(process)
+                text = output.read_text(errors="replace") if when else ""
+                is_cancelled = waited_s > timeout_s or bool(when and when in text)
+            cancelled_s = end(process) if process.poll() is None else None
         finally:
             if process.poll() is None:
                 process.kill()
@@ -224,7 +241,7 @@ class Runner:
         log.read(output.read_text(errors="replace"))
         log.finish()
         output.unlink()
-        return process.returncode
+        return process.returncode, cancelled_s
 
     def _collect(self, exit_code: int, log: Log, files: Mapping[str, Path], secrets: set[str]) -> RunResult:
         violations = log.violations
@@ -270,24 +287,3 @@ def _translate(value: str, mounts: Mapping[str, str]) -> str:
         if value == host or value.startswith(f"{host}/"):
             return mounts[host] + value[len(host) :]
     return value
-
-
-def _cancel(process: subprocess.Popen[bytes]) -> None:
-    for number, patience_s in _CANCEL:
-        process.send_signal(number)
-        try:
-            process.wait(timeout=patience_s)
-        except subprocess.TimeoutExpired:
-            continue
-        return
-
-
-def _remove_container(name: str) -> bool:
-    """Remove the container if it is still there, and say whether it was."""
-    found = subprocess.run(
-        ["docker", "ps", "-aq", "--filter", f"name=^{name}$"], capture_output=True, text=True, check=True
-    )
-    if not found.stdout.strip():
-        return False
-    subprocess.run(["docker", "rm", "-f", name], capture_output=True, check=True)
-    return True

@@ -44,12 +44,18 @@ def test_everything_is_described() -> None:
 
 
 def test_runs_by_an_absolute_path_without_arguments() -> None:
-    assert ACTION["runs"] == {"using": "docker", "image": "Dockerfile", "entrypoint": "/app/entrypoint.py"}
+    assert ACTION["runs"] == {
+        "using": "docker",
+        "image": "Dockerfile",
+        "entrypoint": "/app/entrypoint.py",
+        "post-entrypoint": "/app/cleanup.py",
+    }
     assert 'ENTRYPOINT ["/app/entrypoint.py"]' in DOCKERFILE
 
 
-def test_the_entrypoint_can_be_executed_and_is_short() -> None:
-    entrypoint = ROOT / "entrypoint.py"
+@pytest.mark.parametrize("name", ["entrypoint.py", "cleanup.py"])
+def test_an_entrypoint_can_be_executed_and_is_short(name: str) -> None:
+    entrypoint = ROOT / name
 
     assert os.access(entrypoint, os.X_OK)
     assert entrypoint.read_text().startswith("#!/usr/bin/env python3\n")

@@ -92,6 +92,7 @@ REPORT = Report(
     adapter_digest="d" * 64,
     merged_digest=MERGED.digest,
     phases=(("merge", 12.3), ("verify", 400.0)),
+    cache_bytes=(5000, 7),
     versions={"torch": "2.13.0"},
 )
 PUBLISHED = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_bytes())
@@ -116,7 +117,12 @@ def test_outputs_of_a_release() -> None:
         "storage-violations": "0",
         "end-to-end-error": "3.1e-06",
         "effect": "0.51",
+        "cache-hit": "false",
+        "cache-hit-bytes": "5000",
+        "cache-miss-bytes": "7",
     }
+    assert replace(REPORT, cache_bytes=(7, 0)).outputs()["cache-hit"] == "true"
+    assert replace(REPORT, cache_bytes=None).outputs()["cache-hit"] == ""
 
 
 def test_outputs_of_a_failure_tell_the_worst() -> None:

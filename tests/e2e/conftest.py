@@ -14,7 +14,7 @@ from tests.contract.runner_emulator import ROOT, Runner
 from tests.hub.server import LocalHub
 from tests.verify.tiny import lora, save_adapter, save_base
 
-IMAGE = "lora-merge-action:test"
+IMAGE = os.environ.get("LORA_MERGE_TEST_IMAGE", "lora-merge-action:test")
 REQUIRED = "LORA_MERGE_REQUIRE_ENGINE"
 BASE_IMAGE = "LORA_MERGE_TEST_BASE_IMAGE"
 

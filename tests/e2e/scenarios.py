@@ -25,7 +25,9 @@ class Stage:
     executor: Literal["process", "docker"]
     image: str | None = None
 
-    def run(self, event: Event, *, cancel_when: str | None = None, **inputs: str) -> RunResult:
+    def run(
+        self, event: Event, *, cancel_when: str | None = None, kill_when: str | None = None, **inputs: str
+    ) -> RunResult:
         """Run the step; underscores in the names of inputs stand for hyphens."""
         given = {
             "adapter-path": "adapter",
@@ -42,6 +44,13 @@ class Stage:
             image=self.image,
             env=self.hub.env(),
             cancel_when=cancel_when,
+            kill_when=kill_when,
+        )
+
+    def post(self, step: RunResult) -> RunResult:
+        """Run the action's post step after `step`."""
+        return self.runner.run(
+            {"adapter-path": "adapter"}, Event.dispatch(), executor=self.executor, image=self.image, post_of=step
         )
 
 

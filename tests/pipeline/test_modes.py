@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from runner.launch.cgroup import read_memory
 from tests.hub.server import LocalHub
 from tests.pipeline.conftest import ROOT, Action
 
@@ -242,7 +243,8 @@ def test_a_worker_that_is_killed_is_told_with_its_signal(action: Action, base: P
     os.kill(workers[0], signal.SIGKILL)
     log, _ = process.communicate(timeout=60)
 
-    assert process.returncode == 6, log
+    # The kernel counts what it kills for lack of memory; where that can be read, this was not it.
+    assert process.returncode == (6 if read_memory() is None else 7), log
     assert "SIGKILL" in log
 
 

@@ -13,6 +13,7 @@ from runner.checkpoint.digests import FileDigest, MergedCheckpoint
 from runner.combination import Combination
 from runner.errors import AdapterMismatch, Problem, RunnerError, rebuild
 from runner.events import Failed, Job, Judged, Merged, Progress, decode, decode_job, encode
+from runner.gpu_turn import GpuWish
 from runner.limits import Evaluation, Limits, QualityLimit, Tolerance
 from runner.rounding import Rounding
 from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
@@ -61,7 +62,7 @@ def test_a_job_survives_the_pipe() -> None:
             tolerances=(Tolerance(layer="semantics", limit=1e-5),),
             quality=(QualityLimit(figure="retention", limit=0.9),),
         ),
-        seed=3,
+        seed=3, gpu=GpuWish(min_free_bytes=5, wait_s=1.5, locks=Path("l"), holder="x"),
     )  # fmt: skip
 
     assert decode_job(encode(job)) == job

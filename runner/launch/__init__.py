@@ -1,0 +1,14 @@
+"""Where the worker runs, and what carries it: a child process, or a sibling container. The only room with Docker.
+
+with launch(wish, log=…, say=…) as worker:
+    ready = worker.wait_until_ready()
+    worker.give(job)
+    for event in worker.events(): …
+"""
+
+from runner.launch.environment import worker_environment
+from runner.launch.identity import has_engine, is_mounted, own_ids
+from runner.launch.start import Wish, launch
+from runner.launch.worker import Worker
+
+__all__ = ["Wish", "Worker", "has_engine", "is_mounted", "launch", "own_ids", "worker_environment"]
