@@ -65,6 +65,7 @@ class Watch:
     root: int
     folder: Path
     looks: int = 0
+    ended_well: bool = False
     workers: int = 0
     seen: dict[str, set[str]] = field(default_factory=dict)
     _end: threading.Event = field(default_factory=threading.Event)
@@ -77,6 +78,7 @@ class Watch:
             self._look_into_files()
             self.looks += 1
             time.sleep(0.01)
+        self.ended_well = True
 
     def end(self) -> None:
         """Stop looking."""
@@ -90,7 +92,8 @@ class Watch:
             self._note("the environment of the worker", _read(Path(f"/proc/{process}/environ")))
 
     def _look_into_files(self) -> None:
-        for path in self.folder.rglob("*"):
+        walk = os.walk(self.folder)  # unlike rglob it goes on where a folder was removed just now
+        for path in (Path(folder, name) for folder, _, names in walk for name in names):
             content = _read(path, MAX_FILE_BYTES)
             if len(content) < MAX_FILE_BYTES:  # weights are the Hub's business
                 self._note(f"the file {path.relative_to(self.folder)}", content)
@@ -155,6 +158,7 @@ class Scene:
         log, _ = process.communicate(timeout=180)
         watch.end()
         thread.join()
+        assert watch.ended_well
         watch._look_into_files()
         return process.returncode, log, watch
 
