@@ -140,6 +140,7 @@ class Report:
         if self.problems:
             parts.append(summary.problems_section(self.problems))
         if verdict is not None:
+            parts += [summary.diagnoses_section(verdict.diagnoses)] if verdict.diagnoses else []
             parts.append(summary.verdict_section(verdict))
             parts += [summary.quality_section(verdict.quality)] if verdict.quality else []
             parts += [summary.pictures_section(self.pictures, self.release, inline=has_files)] if self.pictures else []

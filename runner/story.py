@@ -172,6 +172,9 @@ class Story:
             self.github.info(f"Verdict: {event.verdict.status.value}.")
             for check in event.verdict.failures:
                 self.github.info(f"  FAIL {check.layer.value}: {check.name}: {check.detail}")
+            for diagnosis in event.verdict.diagnoses:
+                sure = "" if diagnosis.is_certain else " (likely)"
+                self.github.info(f"  DIAGNOSIS {diagnosis.kind.value}{sure}: {diagnosis.evidence}")
 
     def _publish(self, hubs: Hubs, target: Target, resolved: Resolved, base: Path) -> None:
         record = self.record

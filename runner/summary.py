@@ -12,7 +12,7 @@ from runner.markdown import block, code, details, escape, table
 from runner.plan import PlanSummary
 from runner.provenance import REPORT_FOLDER
 from runner.verify.figures import Native
-from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
+from runner.verify.verdict import Check, Continuation, Diagnosis, Layer, ModuleRow, Outcome, Quality, Status, Verdict
 
 WORST_MODULES = 5
 _LONGEST_PROMPT, _LONGEST_ANSWER, _MOST_TOLD = 300, 600, 20  # characters, and problems or notes
@@ -112,6 +112,20 @@ def verdict_section(verdict: Verdict) -> str:
     told = [check for check in verdict.checks if check.detail and check.outcome is not Outcome.PASS]
     parts += [f"- {_OUTCOMES[check.outcome]} {escape(check.name)}: {escape(check.detail)}" for check in told]
     return "\n\n".join(parts[:2]) + ("\n\n" + "\n".join(parts[2:]) if parts[2:] else "")
+
+
+def diagnoses_section(diagnoses: Sequence[Diagnosis]) -> str:
+    """Return what explains a failed verdict, with the evidence."""
+    parts = ["### Diagnosis"]
+    for item in diagnoses:
+        name = item.kind.value.replace("_", " ")
+        sure = "" if item.is_certain else " (likely)"
+        factor = "" if item.factor is None else f" Estimated factor of the adapter's change: {number(item.factor)}."
+        about = [code(tensor) for tensor in item.tensors[:3]]
+        more = f" and {item.count - len(about)} more" if item.count > len(about) else ""
+        where = f" Tensors: {', '.join(about)}{more}." if about else ""
+        parts.append(f"- **{escape(name)}**{sure}: {escape(item.evidence)}{factor}{where}")
+    return "\n\n".join([parts[0], "\n".join(parts[1:])])
 
 
 def quality_section(quality: Quality) -> str:

@@ -1,15 +1,16 @@
-"""Write the tables of README.md and docs/errors.md, action-types.yml and the report's schema from what they describe.
+"""Write the tables of README.md and docs/, action-types.yml and the report's schema from what they describe.
 
     python -m tools.tables           rewrite them
     python -m tools.tables --check   say which is out of date, and fail
 
-A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; its sources are action.yml and
-runner/errors.py. Two files are written whole: action-types.yml, see `tools.typings`, and docs/report.schema.json, see
-`tools.schema`.
+A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; its sources are action.yml, runner/errors.py,
+docs/faults.json (of `python -m bench.faults`) and docs/mutants.json (of `python -m tools.mutants`). Two files are
+written whole: action-types.yml, see `tools.typings`, and docs/report.schema.json, see `tools.schema`.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import yaml
 
+from bench.faults.report import fault_rows, margin_rows, other_rows, right_rows
 from runner.errors import EXIT_CANCELLED, EXIT_INTERNAL, EXIT_VERDICT_FAILED, RunnerError
 from tools.schema import render_schema
 from tools.typings import render_types
@@ -24,7 +26,7 @@ from tools.typings import render_types
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = "action-types.yml"
 SCHEMA = "docs/report.schema.json"
-FILES = ("README.md", "docs/errors.md", TYPES, SCHEMA)
+FILES = ("README.md", "docs/errors.md", "docs/verification.md", TYPES, SCHEMA)
 BLOCK = re.compile(r"(?P<open><!-- table: (?P<name>[a-z-]+) -->\n).*?(?P<close><!-- end table -->)", re.DOTALL)
 
 
@@ -55,7 +57,17 @@ def render(text: str) -> str:
     Raises:
         KeyError: a table of a name that nobody makes.
     """
-    tables = {"inputs": input_table, "outputs": output_table, "exit-codes": exit_code_table, "errors": error_table}
+    tables = {
+        "inputs": input_table,
+        "outputs": output_table,
+        "exit-codes": exit_code_table,
+        "errors": error_table,
+        "faults": fault_table,
+        "margins": margin_table,
+        "right-merges": right_table,
+        "others": other_table,
+        "mutants": mutant_table,
+    }
     return BLOCK.sub(lambda match: match["open"] + tables[match["name"]]() + match["close"], text)
 
 
@@ -94,6 +106,46 @@ def error_table() -> str:
     return table(
         ("Exit code", "Error", "Meaning"), (row for family in RunnerError.__subclasses__() for row in tree(family))
     )
+
+
+def fault_table() -> str:
+    """Return every kind of wrong merge of the fault suite as a Markdown table."""
+    return table(("Wrong merge", "Diagnosis", "Caught", "Named rightly"), fault_rows())
+
+
+def margin_table() -> str:
+    """Return the margins on both sides of every limit as a Markdown table."""
+    return table(("Criterion", "Worst right merge", "Least wrong one", "Limit"), margin_rows())
+
+
+def mutant_table() -> str:
+    """Return how many mutants of each module of the judge were killed as a Markdown table."""
+    results: dict[str, dict[str, str]] = json.loads((ROOT / "docs" / "mutants.json").read_bytes())
+    modules = sorted({name.partition(".")[0] for name in results})
+    counts = [
+        (module, [one["by"] for name, one in results.items() if name.startswith(f"{module}.")]) for module in modules
+    ]
+    rows = [
+        (f"`{name}`", str(len(by)), str(len(by) - by.count("survived")), str(by.count("survived")))
+        for name, by in counts
+    ]
+    total = [one["by"] for one in results.values()]
+    killed = len(total) - total.count("survived")
+    score = f"{killed} ({killed / len(total):.0%})" if total else "0"
+    return table(
+        ("Module", "Mutants", "Killed", "Survived"),
+        [*rows, ("all", str(len(total)), score, str(total.count("survived")))],
+    )
+
+
+def other_table() -> str:
+    """Return what is said of merges that others made as a Markdown table."""
+    return table(("Made by", "Verdict", "Diagnosis"), other_rows())
+
+
+def right_table() -> str:
+    """Return how right merges were judged as a Markdown table."""
+    return table(("Right merges", ""), right_rows())
 
 
 def tree(family: type[RunnerError]) -> Iterator[tuple[str, str, str]]:

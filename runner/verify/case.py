@@ -78,6 +78,18 @@ class Case:
             config=self.config,
         )
 
+    @property
+    def embedding_rows(self) -> int:
+        """How many rows the reference's input embedding has."""
+        return int(self.unmerged.model.get_base_model().get_input_embeddings().weight.shape[0])
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens the model can take; windows have several names in configs."""
+        config = self.unmerged.base.model.config.get_text_config()
+        limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+        return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=1 << 20)
+
     def semantics(self) -> tuple[Check, ...]:
         """Return the checks of the semantics layer."""
         return (*self.combination, *judge_semantics(self.probes, self.unmerged))

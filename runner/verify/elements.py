@@ -9,14 +9,14 @@ when another output dtype was asked for, the base's values rounded once. There i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from runner.checkpoint.layout import TensorInfo
-from runner.verify.alternatives import Gauge
 from runner.verify.chance import Chance
+from runner.verify.comparison import MAX_BAD_ROWS, Comparison, Deviation
 from runner.verify.exact import Exact
 from runner.verify.tensors import (
     FLOATS,
@@ -35,70 +35,6 @@ SAMPLE_ELEMENTS = 1 << 16  # of each tensor, for the histogram of rounding error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Deviation:
-    """One stored element that is not what it must be.
-
-    Attributes:
-        tensor: its stored name.
-        index: its position in the tensor.
-        expected: the right value, rounded to the output dtype.
-        found: the value on disk.
-        ulps: distance of `found` from the exact value, in units in the last place of the output dtype.
-    """
-
-    tensor: str
-    index: tuple[int, ...]
-    expected: float
-    found: float
-    ulps: float
-
-    def __str__(self) -> str:
-        place = ", ".join(map(str, self.index))
-        return f"{self.tensor}[{place}] is {self.found:.9g}, expected {self.expected:.9g} ({self.ulps:.3g} ulp off)"
-
-
-@dataclass(slots=True, kw_only=True)
-class Comparison:
-    """What comparing one tensor gave; sums are over all its elements.
-
-    Attributes:
-        violations: elements outside the bound.
-        worst: the one furthest off, in ulp.
-        new_non_finite: elements that are NaN or Inf on disk though the exact value is finite.
-        elements: how many were compared.
-        kept: Σ (W' − W)·Δ.
-        delta_squared: Σ Δ².
-        base_squared: Σ W².
-        changed: elements on disk that are not W.
-        has_base: whether there is a W of the same shape; without one, every element counts as changed.
-        errors: |x' − E| in ulp over a sample of the elements, counted in the bins of `verdict.ERROR_BINS`.
-        gauge: what other dtypes would make of it.
-    """
-
-    violations: int = 0
-    worst: Deviation | None = None
-    new_non_finite: int = 0
-    elements: int = 0
-    kept: float = 0.0
-    delta_squared: float = 0.0
-    base_squared: float = 0.0
-    changed: int = 0
-    has_base: bool = True
-    errors: list[int] = field(default_factory=lambda: [0] * ERROR_BINS)
-    gauge: Gauge = field(default_factory=Gauge)
-
-    @property
-    def retention(self) -> float:
-        """<W' − W, Δ>/‖Δ‖²: what the output dtype kept of the delta; 1.0 for no delta."""
-        return self.kept / self.delta_squared if self.delta_squared > 0 else 1.0
-
-    @property
-    def delta_ratio(self) -> float:
-        """‖Δ‖/‖W‖; 0.0 for an all-zero base."""
-        return float((self.delta_squared / self.base_squared) ** 0.5) if self.base_squared > 0 else 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
     """A tensor and the folder that it is in."""
 
@@ -110,7 +46,16 @@ class Stored:
         return read_rows(self.root, self.info, start, stop)
 
 
-def compare_touched(found: Stored, exact: Exact, base: Stored | None, chance: Chance | None = None) -> Comparison:
+RightBlocks = dict[tuple[str, int], tuple[torch.Tensor, Comparison]]
+
+
+def compare_touched(
+    found: Stored,
+    exact: Exact,
+    base: Stored | None,
+    chance: Chance | None = None,
+    right: RightBlocks | None = None,
+) -> Comparison:
     """Return how the stored tensor `found` (BF16, F16 or F32) compares with E, block by block.
 
     Args:
@@ -118,21 +63,39 @@ def compare_touched(found: Stored, exact: Exact, base: Stored | None, chance: Ch
         exact: E.
         base: W, for the size of the delta; None where the base has no tensor of that shape.
         chance: the draws, where values are rounded by chance.
+        right: by (stored name, first row), blocks of this very E, W and dtype that were compared before without a
+            violation; one with the same bits gets the same answer. New ones are put in. For judging many folders.
 
     Raises:
         BrokenCheckpoint: a file ends early.
     """
     result = Comparison(has_base=base is not None)
     for start, stop in row_blocks(exact.shape):
-        wanted = exact.rows(start, stop)
         stored = found.rows(start, stop)
-        result.elements += wanted.numel()
-        stored = stored.view(wanted.shape)
-        _compare_block(result, found.info, exact, start, wanted, stored, chance)
-        if start == 0:
-            _count_errors(result, found.info.dtype, wanted, stored)
-        if base is not None:
-            _measure_delta(result, wanted, stored, base.rows(start, stop).view(wanted.shape))
+        known = right.get((found.info.name, start)) if right is not None else None
+        if known is not None and bool(same_bits(stored, known[0], found.info.dtype).all()):
+            result.add(known[1])
+            continue
+        block = _compare_rows(found.info, exact, base, start, stored, chance)
+        result.add(block)
+        if right is not None and not block.violations and not block.new_non_finite:
+            right[found.info.name, start] = (stored, block)
+    return result
+
+
+def _compare_rows(
+    info: TensorInfo, exact: Exact, base: Stored | None, start: int, stored: torch.Tensor, chance: Chance | None
+) -> Comparison:
+    result = Comparison()
+    stop = start + len(stored)
+    wanted = exact.rows(start, stop)
+    result.elements = wanted.numel()
+    stored = stored.view(wanted.shape)
+    _compare_block(result, info, exact, start, wanted, stored, chance)
+    if start == 0:
+        _count_errors(result, info.dtype, wanted, stored)
+    if base is not None:
+        _measure_delta(result, wanted, stored, base.rows(start, stop).view(wanted.shape))
     return result
 
 
@@ -176,12 +139,21 @@ def is_right(
         dtype: of the output, as safetensors spells it.
         chance: the draws, where values are rounded by chance.
     """
-    noise = exact.noise(start, start + row_count(tuple(wanted.shape)), output_is_float32=dtype == "F32")
     if chance is not None:
+        noise = exact.noise(start, start + row_count(tuple(wanted.shape)), output_is_float32=dtype == "F32")
         right = chance.accepts(found, wanted, noise, dtype, first_index(wanted, start))
         return right | (torch.isnan(wanted) & torch.isnan(found))
     error = (found.double() - wanted).abs()
-    return (error <= 0.5 * ulp(wanted, dtype) + noise) | (torch.isnan(wanted) & torch.isnan(found))
+    return _is_within(error, exact, start, wanted, 0.5 * ulp(wanted, dtype), dtype) | (
+        torch.isnan(wanted) & torch.isnan(found)
+    )
+
+
+def _is_within(
+    error: torch.Tensor, exact: Exact, start: int, wanted: torch.Tensor, half: torch.Tensor, dtype: str
+) -> torch.Tensor:
+    noise = exact.noise(start, start + row_count(tuple(wanted.shape)), output_is_float32=dtype == "F32")
+    return error <= half + noise
 
 
 def rounded_rows(wanted: torch.Tensor, start: int, dtype: str, chance: Chance | None) -> torch.Tensor:
@@ -210,9 +182,13 @@ def _compare_block(  # noqa: PLR0917 (what there is to know of one block)
     differs = ~same_bits(rounded, stored, info.dtype)
     if not bool(differs.any()):
         return
-    bad = differs & ~is_right(stored, exact, start, wanted, info.dtype, chance)
-    distance = (stored.double() - wanted).abs() / ulp(wanted, info.dtype)
-    _record(result, info, start, _Block(bad=bad, expected=rounded, found=stored, ulps=distance))
+    error, half = stored.double().sub_(wanted).abs_(), ulp(wanted, info.dtype).mul_(0.5)
+    if chance is None:
+        right = _is_within(error, exact, start, wanted, half, info.dtype) | (torch.isnan(wanted) & torch.isnan(stored))
+    else:
+        right = is_right(stored, exact, start, wanted, info.dtype, chance)
+    distance = error.div_(half).mul_(0.5)
+    _record(result, info, start, _Block(bad=differs & ~right, expected=rounded, found=stored, ulps=distance))
 
 
 def _compare_cast(result: Comparison, found: Stored, base: Stored, start: int, stop: int) -> None:
@@ -245,6 +221,9 @@ def _record(result: Comparison, info: TensorInfo, start: int, block: _Block) -> 
     if not count:
         return
     result.violations += count
+    rows = block.bad.reshape(len(block.bad), -1).any(dim=1).nonzero().flatten().tolist()
+    result.bad_rows.extend(start + row for row in rows[: MAX_BAD_ROWS - len(result.bad_rows)])
+    result.bad_row_count += len(rows)
     ulps = block.ulps.nan_to_num(nan=torch.inf)
     # +1 so that a violation of distance 0 (a flipped sign of zero) is still above what is masked out.
     flat = int(torch.where(block.bad, ulps + 1, torch.zeros_like(ulps)).argmax())
@@ -271,13 +250,15 @@ def _count_errors(result: Comparison, dtype: str, wanted: torch.Tensor, stored: 
 
 def _measure_delta(result: Comparison, wanted: torch.Tensor, stored: torch.Tensor, base: torch.Tensor) -> None:
     # Differences are taken in float64, where they are exact; float32 is enough for sums that are only reported.
+    plain = base.to(stored.dtype)
     base = base.double()
     delta = (wanted - base).float().flatten()
     result.gauge.measure(wanted, base, delta)
     result.gauge.look(stored)
     kept = stored.double().sub_(base).float().flatten()
-    result.changed += int(torch.count_nonzero(kept))
+    result.changed += int(torch.count_nonzero(stored != plain))
     result.kept += float(torch.dot(kept, delta))
     result.delta_squared += float(torch.dot(delta, delta))
+    result.moved_squared += float(torch.dot(kept, kept))
     base = base.float().flatten()
     result.base_squared += float(torch.dot(base, base))

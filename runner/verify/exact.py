@@ -57,17 +57,28 @@ class ExactLowRank:
         self._a = a.double()
         self._b = b.double()
         self._scaling = scaling
+        self._last: tuple[int, int, torch.Tensor] | None = None  # the block that `noise` is asked for next
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Return rows of E in float64."""
-        return self._base(start, stop).double() + self._scaling * (self._b[start:stop] @ self._a)
+        """Return rows of E in float64; not to be changed in place."""
+        made = torch.addmm(
+            self._base(start, stop).double().view(stop - start, -1), self._b[start:stop], self._a, alpha=self._scaling
+        )
+        self._last = (start, stop, made)
+        return made
+
+    def delta_of_rounded_factors(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return rows of s·B·A with B and A rounded to `dtype` first, in float64: what a diagnosis compares with."""
+        a, b = self._a.to(dtype).double(), self._b[start:stop].to(dtype).double()
+        return self._scaling * (b @ a)
 
     def noise(self, start: int, stop: int, *, output_is_float32: bool) -> torch.Tensor:
         """Return the bound of the module's docstring."""
         rank = self._a.shape[0]
         bound = (min(rank, 8 * math.sqrt(rank)) + 2) * abs(self._scaling) * (self._b[start:stop].abs() @ self._a.abs())
         if not output_is_float32:
-            bound += self.rows(start, stop).abs()
+            known = self._last is not None and self._last[:2] == (start, stop)
+            bound += (self._last[2] if known and self._last is not None else self.rows(start, stop)).abs()
         return UNIT * bound
 
 

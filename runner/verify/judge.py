@@ -20,6 +20,9 @@ from runner.limits import Evaluation, Limits
 from runner.rounding import Rounding
 from runner.verify.alternatives import advice
 from runner.verify.case import Case, Progress, open_case, skipped
+from runner.verify.diagnosis.files import read_unreadable
+from runner.verify.diagnosis.report import diagnose
+from runner.verify.elements import RightBlocks
 from runner.verify.extras import measure_extras
 from runner.verify.figures import Alternative
 from runner.verify.gates import loosen, quality_checks
@@ -28,7 +31,7 @@ from runner.verify.outputs import NEW_TOKENS, judge_outputs
 from runner.verify.prompts import make_questions
 from runner.verify.storage import Storage, compare_storage, judge_storage
 from runner.verify.structure import judge_structure
-from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
+from runner.verify.verdict import Check, Continuation, Diagnosis, Layer, ModuleRow, Outcome, Quality, Status, Verdict
 
 MIN_RETENTION = 0.9
 LOSS = "the output dtype keeps the adapter"
@@ -44,6 +47,8 @@ class _Findings:
     modules: tuple[ModuleRow, ...] = ()
     rounding_errors: tuple[int, ...] = ()
     retention: float = 1.0
+    storage: Storage | None = None
+    diagnoses: tuple[Diagnosis, ...] = ()
     quality: Quality | None = None
     alternatives: tuple[Alternative, ...] = ()
     continuations: tuple[Continuation, ...] = ()
@@ -87,7 +92,7 @@ def judge(  # noqa: PLR0913 (all by name; each is a fact that only the caller ha
     read_checkpoint(base)  # a base that cannot be read is the input's error, whatever the merged folder is
     found = _read(merged)
     if isinstance(found, Check):
-        return _verdict(_Findings(checks=_unreadable(found)), seed, start)
+        return _verdict(_unreadable(merged, found), seed, start)
     with open_case(base, adapter, dtype=dtype, rounding=rounding, seed=seed, on_progress=say) as case:
         verdict = judge_merge(
             case, merged, prompts=prompts, evaluation=evaluation, limits=limits, device=device, on_progress=say
@@ -95,7 +100,7 @@ def judge(  # noqa: PLR0913 (all by name; each is a fact that only the caller ha
     return replace(verdict, wall_s=time.monotonic() - start)
 
 
-def judge_merge(
+def judge_merge(  # noqa: PLR0913 (all by name)
     case: Case,
     merged: Path,
     *,
@@ -104,6 +109,7 @@ def judge_merge(
     limits: Limits | None = None,
     device: str = "cpu",
     end_to_end: bool = True,
+    right: RightBlocks | None = None,
     on_progress: Progress | None = None,
 ) -> Verdict:
     """Return the verdict on one merged folder of an open case; see `judge`.
@@ -117,15 +123,16 @@ def judge_merge(
         device: where the models run.
         end_to_end: whether to run that layer, which takes most of the time. Without it nothing passes: the verdict is
             `FAIL` or `NOT_VERIFIED`.
+        right: blocks of right merges of this case, remembered from one call to the next; see `compare_touched`.
         on_progress: told (what is being done, share of the whole in 0..1).
     """
     start = time.monotonic()
     say: Progress = on_progress or (lambda _what, _share: None)
     checkpoint = _read(merged)
     if isinstance(checkpoint, Check):
-        return _verdict(_Findings(checks=_unreadable(checkpoint)), case.seed, start)
+        return _verdict(_unreadable(merged, checkpoint), case.seed, start)
     findings = _Findings(checks=[Check(layer=Layer.STRUCTURE, name=READABLE, outcome=Outcome.PASS)])
-    _judge_files(findings, case, checkpoint, say)
+    _judge_files(findings, case, checkpoint, right, say)
     if end_to_end:
         _judge_models(
             findings, case, checkpoint, prompts=prompts, evaluation=evaluation or Evaluation(), device=device, say=say
@@ -134,6 +141,8 @@ def judge_merge(
         findings.checks.append(skipped(Layer.END_TO_END, "it was not asked for"))
     limits = limits or Limits()
     findings.checks = loosen(findings.checks, limits) + quality_checks(findings.quality, limits)
+    if findings.storage is not None:
+        findings.diagnoses = diagnose(case, checkpoint, findings.storage, findings.checks)
     say("judged", 1.0)
     return _verdict(findings, case.seed, start)
 
@@ -148,6 +157,7 @@ def _verdict(findings: _Findings, seed: int, start: float) -> Verdict:
         quality=findings.quality,
         alternatives=findings.alternatives,
         continuations=findings.continuations,
+        diagnoses=findings.diagnoses,
         seed=seed,
         wall_s=time.monotonic() - start,
     )
@@ -161,8 +171,9 @@ def _read(merged: Path) -> Checkpoint | Check:
         return _fail(Layer.STRUCTURE, READABLE, error.problem.what)
 
 
-def _unreadable(check: Check) -> list[Check]:
-    return [check, *(skipped(layer, "the merged folder cannot be read") for layer in Layer)]
+def _unreadable(merged: Path, check: Check) -> _Findings:
+    checks = [check, *(skipped(layer, "the merged folder cannot be read") for layer in Layer)]
+    return _Findings(checks=checks, diagnoses=(read_unreadable(merged, check.detail),))
 
 
 def decide(checks: Sequence[Check]) -> Status:
@@ -183,7 +194,7 @@ def decide(checks: Sequence[Check]) -> Status:
     return Status.PASS_LOSSY if lossy else Status.PASS
 
 
-def _judge_files(findings: _Findings, case: Case, merged: Checkpoint, say: Progress) -> None:
+def _judge_files(findings: _Findings, case: Case, merged: Checkpoint, right: RightBlocks | None, say: Progress) -> None:
     say("structure", 0.1)
     form = case.form(merged)
     findings.checks.extend(judge_structure(base=case.base, adapter=case.adapter, merged=merged, form=form))
@@ -192,13 +203,14 @@ def _judge_files(findings: _Findings, case: Case, merged: Checkpoint, say: Progr
         sources=case.sources,
         targets=case.targets,
         on_progress=lambda share: say("storage", 0.1 + 0.3 * share),
+        right=right,
     )
     findings.checks.extend(judge_storage(storage, case.targets, case.unmerged))
     findings.checks.extend(case.semantics())
     findings.modules = _rows(case, storage, case.probes)
     findings.rounding_errors = storage.rounding_errors
     findings.alternatives = storage.alternatives
-    findings.retention = storage.retention
+    findings.retention, findings.storage = storage.retention, storage
     findings.checks.append(_retention(storage))
 
 
@@ -215,8 +227,8 @@ def _judge_models(
     say("end to end", 0.4)
     questions = make_questions(
         merged.root,
-        rows=_embedding_rows(case),
-        max_tokens=_max_tokens(case),
+        rows=case.embedding_rows,
+        max_tokens=case.max_tokens - NEW_TOKENS,
         prompts=prompts,
         seed=case.seed,
         eval_text=evaluation.text,
@@ -281,17 +293,6 @@ def _retention(storage: Storage) -> Check:
         limit=MIN_RETENTION,
         detail=detail if lossy else "",
     )
-
-
-def _embedding_rows(case: Case) -> int:
-    return int(case.unmerged.model.get_base_model().get_input_embeddings().weight.shape[0])
-
-
-def _max_tokens(case: Case) -> int:
-    """Return how long a prompt may be so that its continuation fits, too; windows have several names in configs."""
-    config = case.unmerged.base.model.config.get_text_config()
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
-    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=1 << 20) - NEW_TOKENS
 
 
 def _fail(layer: Layer, name: str, detail: str) -> Check:

@@ -33,7 +33,8 @@ class Sources:
         self._unmerged = unmerged
         self.peft_type = recipe.peft_type
         self._values = base_values(unmerged)
-        self._merged: tuple[str, dict[str, ExactFromPeft]] = ("", {})
+        self._merged: dict[str, dict[str, ExactFromPeft]] = {}
+        self.keeps_units = False  # True costs 16 bytes an element that only PEFT can merge, and saves merging it again
         self._experts, self._used = expert_rules(recipe, unmerged.units, blueprint.keys)
         self.fused = Fused(blueprint.conversion, recipe, self._experts, self._stored)
         fused = {group.key for name in recipe.stored if (group := self.fused.group(name)) is not None}
@@ -147,7 +148,7 @@ class Sources:
         return home.rows, home.info.shape
 
     def _from_peft(self, unit: str) -> dict[str, ExactFromPeft]:
-        if self._merged[0] != unit:
+        if unit not in self._merged:
             module = self._unmerged.units[unit]
             with torch.no_grad():
                 exact = merged_copy(module, torch.float64).state_dict()
@@ -157,8 +158,8 @@ class Sources:
                 f"{unit}.{name}": ExactFromPeft(exact=exact[name].double(), single=single[name], base=base[name])
                 for name in base
             }
-            self._merged = (unit, made)
-        return self._merged[1]
+            self._merged = {**self._merged, unit: made} if self.keeps_units else {unit: made}
+        return self._merged[unit]
 
     def _find_homes(self) -> dict[str, Stored]:
         """Return the stored base tensor of every key, through ties where the key itself is not stored."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from runner.checkpoint.layout import Checkpoint
 from runner.verify.alternatives import Gauge, alternatives
 from runner.verify.chance import Chance
-from runner.verify.elements import Comparison, Deviation, Stored, compare_touched, compare_untouched, same_exact
+from runner.verify.comparison import Comparison, Deviation
+from runner.verify.elements import RightBlocks, Stored, compare_touched, compare_untouched, same_exact
 from runner.verify.exact import ExactStored
 from runner.verify.figures import Alternative
 from runner.verify.models import LOAD_ERRORS, Unmerged, first_line
@@ -50,6 +51,7 @@ class Storage:
         comparisons: by stored name, for the tensors that the adapter acts on.
         dtypes: of the stored tensors that the adapter changes.
         rest: the ranges of all others.
+        strays: by stored name, for the other tensors that are not what they must be.
     """
 
     touched: Tally = field(default_factory=Tally)
@@ -59,6 +61,7 @@ class Storage:
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     dtypes: set[str] = field(default_factory=set)
     rest: Gauge = field(default_factory=Gauge)
+    strays: dict[str, Comparison] = field(default_factory=dict)
 
     @property
     def retention(self) -> float:
@@ -96,9 +99,21 @@ class Storage:
 
 
 def compare_storage(
-    *, merged: Checkpoint, sources: Sources, targets: Targets, on_progress: Callable[[float], None]
+    *,
+    merged: Checkpoint,
+    sources: Sources,
+    targets: Targets,
+    on_progress: Callable[[float], None],
+    right: RightBlocks | None = None,
 ) -> Storage:
     """Return how every tensor on disk compares; tensors that are missing or of a wrong form are structure's to tell.
+
+    Args:
+        merged: the folder.
+        sources: E of every touched parameter.
+        targets: what the folder must hold.
+        on_progress: told the share that is done.
+        right: see `compare_touched`.
 
     Raises:
         BrokenCheckpoint: a file ends early.
@@ -110,7 +125,7 @@ def compare_storage(
         info = merged.tensors.get(target.stored)
         if info is None or info.shape != target.shape or info.dtype != target.dtype:
             continue
-        _compare(result, Stored(root=merged.root, info=info), target, sources, targets.chance(target))
+        _compare(result, Stored(root=merged.root, info=info), target, sources, targets.chance(target), right)
         on_progress((number + 1) / len(order))
     return result
 
@@ -160,12 +175,21 @@ def _missing_change(result: Storage) -> tuple[str, int]:
     )
 
 
-def _compare(result: Storage, found: Stored, target: Target, sources: Sources, chance: Chance | None) -> None:
+def _compare(
+    result: Storage,
+    found: Stored,
+    target: Target,
+    sources: Sources,
+    chance: Chance | None,
+    right: RightBlocks | None,
+) -> None:
     name = target.stored
     if not target.is_touched and target.base is not None:
         outcome = compare_untouched(found, target.base)
         result.untouched.add(outcome)
         result.rest.add(outcome.gauge)
+        if outcome.violations:
+            result.strays[name] = outcome
     elif found.info.dtype not in FLOATS:
         result.unjudged[name] = f"it is stored as {found.info.dtype}"
         return
@@ -176,7 +200,7 @@ def _compare(result: Storage, found: Stored, target: Target, sources: Sources, c
             result.unjudged[name] = f"PEFT's own merge of it fails: {first_line(error)}"
             return
         base = target.same_shape_base
-        outcome = compare_touched(found, exact, base, chance)
+        outcome = compare_touched(found, exact, base, chance, right)
         is_nearest = chance is None or (base is not None and found.info.dtype == base.info.dtype)
         is_still = outcome.delta_squared == 0.0 and base is not None and is_nearest
         if base is not None and is_still and same_exact(exact, ExactStored(base.root, base.info)):
@@ -184,6 +208,8 @@ def _compare(result: Storage, found: Stored, target: Target, sources: Sources, c
             strict = compare_untouched(found, base)
             result.untouched.add(strict)
             outcome.new_non_finite = strict.new_non_finite
+            outcome.violations, outcome.worst = strict.violations, strict.worst
+            outcome.bad_rows, outcome.bad_row_count = strict.bad_rows, strict.bad_row_count
         else:
             result.touched.add(outcome)
         result.comparisons[name] = outcome

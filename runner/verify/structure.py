@@ -76,7 +76,7 @@ def judge_structure(*, base: Checkpoint, adapter: Path, merged: Checkpoint, form
     yield _strays(merged)
     yield _config(base.root, merged.root, form)
     yield _tie_flag(base.root, merged, form)
-    yield _tokenizer(base.root, adapter, merged.root)
+    yield _tokenizer(base.root, adapter, merged.root, form)
     yield _other_files(base.root, adapter, merged.root)
 
 
@@ -108,11 +108,16 @@ def _total_size(root: Path) -> Any:
     return metadata.get("total_size", _MISSING)
 
 
-def _strays(merged: Checkpoint) -> Check:
+def stray_files(merged: Checkpoint) -> list[str]:
+    """Return what lies beside the weights and may be taken for weights or an adapter."""
     mine = {file.name for file in merged.files} | ({INDEX_FILE} if merged.is_indexed else set())
     weights = ("*.safetensors", "*.index.json", "*.pt", "*.pth", "*.h5", "*.msgpack", "pytorch_model*", "adapter_*")
-    strays = sorted({path.name for pattern in weights for path in merged.root.glob(pattern)} - mine)
-    problems = [f"{name} lies in the folder; a loader may take it for weights or an adapter" for name in strays]
+    return sorted({path.name for pattern in weights for path in merged.root.glob(pattern)} - mine)
+
+
+def _strays(merged: Checkpoint) -> Check:
+    names = stray_files(merged)
+    problems = [f"{name} lies in the folder; a loader may take it for weights or an adapter" for name in names]
     return _check("no adapter and no second set of weights", problems)
 
 
@@ -121,16 +126,17 @@ def _config(base: Path, merged: Path, form: Form) -> Check:
     before, after = read_json(base / "config.json"), read_json(merged / "config.json")
     if after is None:
         return _check(name, ["config.json is missing or not a JSON object"])
-    return _check(name, list(_config_problems({**(before or {}), **form.config}, after, form, "")))
+    return _check(name, list(config_problems({**(before or {}), **form.config}, after, form, "")))
 
 
-def _config_problems(before: Mapping[str, Any], after: Mapping[str, Any], form: Form, path: str) -> Iterator[str]:
+def config_problems(before: Mapping[str, Any], after: Mapping[str, Any], form: Form, path: str) -> Iterator[str]:
+    """Yield what is wrong with a config; `before` is what it must be but for documented keys, `path` of both."""
     for key in sorted({*before, *after} - HARMLESS_KEYS):
         old, new = before.get(key, _MISSING), after.get(key, _MISSING)
         if key in DTYPE_KEYS or (old == new and not (key == "vocab_size" and form.rows is not None)):
             continue
         if key in ("text_config", "llm_config") and isinstance(old, dict) and isinstance(new, dict):
-            yield from _config_problems(old, new, form, f"{path}{key}.")
+            yield from config_problems(old, new, form, f"{path}{key}.")
         elif not _may_change(key, new, form):
             expected = form.rows if key == "vocab_size" and form.rows is not None else old
             yield f"{path}{key} is {_show(new)}, expected {_show(expected)}"
@@ -176,10 +182,12 @@ def _ties(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}tie_word_embeddings", holder["tie_word_embeddings"]
 
 
-def _tokenizer(base: Path, adapter: Path, merged: Path) -> Check:
+def _tokenizer(base: Path, adapter: Path, merged: Path, form: Form) -> Check:
     found, ours, theirs = (_files(root, TOKENIZER_FILES) for root in (merged, base, adapter))
     name = "tokenizer and chat template are the base's or the adapter's, byte for byte"
     has_own = bool(theirs.keys() & VOCABULARIES)
+    if has_own and form.rows is not None and found == ours != theirs:
+        return _check(name, ["they are the base's, which do not know the tokens that the adapter adds"])
     if found == ours or (has_own and found == theirs):
         return _check(name, [])
     if has_own and all(data in (ours.get(file), theirs.get(file)) for file, data in found.items()):

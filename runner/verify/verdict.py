@@ -29,6 +29,7 @@ class Status(StrEnum):
 # gives at most half an ulp, rounding by chance less than one.
 ERROR_BIN_ULPS = 0.05
 ERROR_BINS = 21
+MAX_NAMED = 10  # tensors by name in a diagnosis
 
 PASSED = (Status.PASS, Status.PASS_LOSSY)  # what may be published
 
@@ -75,6 +76,74 @@ class Check:
     loosened_from: float | None = None
 
 
+class Cause(StrEnum):
+    """What kind of wrong merge a folder is; docs/verification.md says how each is recognised."""
+
+    FILES = "files_missing_or_damaged"
+    TENSOR_MISSING = "tensor_missing"
+    TENSOR_EXTRA = "tensor_not_expected"
+    SHAPE = "wrong_shape"
+    DTYPE = "wrong_dtype"
+    INDEX = "wrong_index"
+    STRAY_WEIGHTS = "other_weights_in_the_folder"
+    CONFIG = "wrong_config"
+    TIE_FLAG = "wrong_tie_flag"
+    HEAD_LOST = "untied_head_lost"
+    TOKENIZER = "wrong_tokenizer"
+    CHAT_TEMPLATE = "wrong_chat_template"
+    GENERATION_CONFIG = "wrong_generation_config"
+    NOT_APPLIED = "adapter_not_applied"
+    MODULES_SKIPPED = "modules_skipped"
+    ROWS_SKIPPED = "rows_skipped"
+    SAVED_IGNORED = "saved_module_ignored"
+    BIAS_IGNORED = "bias_ignored"
+    MAGNITUDE_IGNORED = "dora_magnitude_ignored"
+    ADDED_ROWS = "added_tokens_wrong"
+    SCALE = "wrong_scale"
+    TWICE = "applied_twice"
+    SIGN = "subtracted"
+    RSLORA_AS_LORA = "rslora_read_as_lora"
+    LORA_AS_RSLORA = "lora_read_as_rslora"
+    PATTERN_IGNORED = "rank_or_alpha_pattern_ignored"
+    TRANSPOSED = "delta_transposed"
+    ROUNDED_TWICE = "rounded_more_than_once"
+    TRUNCATED = "rounded_toward_zero"
+    HEAD_IS_EMBEDDING = "head_and_embedding_mixed_up"
+    SWAPPED = "tensors_swapped"
+    ROWS_MOVED = "rows_moved"
+    ZEROED = "zeroed"
+    NON_FINITE = "nan_or_inf"
+    BIT_FLIP = "bits_flipped"
+    FEW_ELEMENTS = "few_elements_off"
+    QUANTISED_BASE = "quantised_base"
+    OTHER_ADAPTER = "another_adapter"
+    WRONG_BASE = "another_base"
+    UNUSED = "adapter_tensor_unused"
+    UNEXPLAINED = "unexplained"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnosis:
+    """One explanation of a failed verdict. It never decides the verdict.
+
+    Attributes:
+        kind: which deviation.
+        is_certain: whether every element that was looked at again is explained by it, to the bit or within the bound
+            of a right computation; else it is the likeliest of what was considered.
+        evidence: one or two sentences with the numbers.
+        tensors: stored names that it is about, at most `MAX_NAMED`.
+        count: how many tensors it is about.
+        factor: estimated factor of the adapter's change; None where that is not the point.
+    """
+
+    kind: Cause
+    is_certain: bool
+    evidence: str
+    tensors: tuple[str, ...] = ()
+    count: int = 0
+    factor: float | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleRow:
     """One module that the adapter changes.
@@ -117,6 +186,7 @@ class Verdict:
         quality: None where the outputs were not compared.
         alternatives: to the dtype and the rounding that were chosen.
         continuations: for the human reader.
+        diagnoses: what explains a failed verdict, the one about most tensors first; empty where nothing failed.
         seed: of all random probes and prompts.
         wall_s: seconds the judgement took.
     """
@@ -128,6 +198,7 @@ class Verdict:
     quality: Quality | None
     alternatives: tuple[Alternative, ...] = ()
     continuations: tuple[Continuation, ...]
+    diagnoses: tuple[Diagnosis, ...] = ()
     seed: int
     wall_s: float
 
