@@ -1,0 +1,79 @@
+"""What the image holds, and that it can be run with nothing to write on but what it is given."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.contract.runner_emulator import Runner
+
+pytestmark = pytest.mark.docker
+
+SCAN = Path(__file__).with_name("scan_for_secrets.py").read_text("utf-8")
+START = "NAMES = "  # where its imports are done
+# Put together here, so that no scanner takes this file for a leak.
+PLANTED = {
+    "/root/.netrc": "machine x login y",
+    "/app/notes.txt": "hf_" + "aBcDeFgH" * 4 + "xy",
+    "/etc/pip.conf": "[global]\nindex-url = https://user" + ":secret-word@example.org/simple\n",
+    "/opt/x.pem": "-----BEGIN " + "PRIVATE KEY-----\n" + "QUJD" * 16,
+}
+
+
+def scan(image: str, first: str = "") -> tuple[int, str]:
+    """Return exit code and findings of a scan in a container, in which `first` was run before."""
+    command = ["docker", "run", "--rm", "-i", "--network", "none", "--entrypoint", "python3", image, "-"]
+    done = subprocess.run(
+        command, input=SCAN.replace(START, first + START), capture_output=True, text=True, check=False
+    )
+    assert not done.stderr, done.stderr[-2000:]
+    return done.returncode, done.stdout
+
+
+def test_the_image_holds_no_secret(image: str) -> None:
+    code, found = scan(image)
+
+    assert (code, found) == (0, "")
+
+
+def test_a_secret_in_the_image_is_found(image: str) -> None:
+    planted = "".join(f"Path({path!r}).write_text({text!r})\n" for path, text in PLANTED.items())
+
+    code, found = scan(image, planted)
+
+    assert code == 1
+    assert [path for path in PLANTED if path not in found] == []
+
+
+def test_the_layers_hold_no_secret_either(image: str) -> None:
+    asked = (
+        ["docker", "image", "inspect", image],
+        ["docker", "history", "--no-trunc", "--format", "{{.CreatedBy}}", image],
+    )
+    texts = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in asked]
+    environment = json.loads(texts[0])[0]["Config"]["Env"]
+
+    assert [line for line in environment if "TOKEN" in line.upper() or "PASSWORD" in line.upper()] == []
+    assert [text for text in texts if "hf_" in text.lower().replace("hf_hub_", "").replace("hf_home", "")] == []
+
+
+def test_a_read_only_root_is_enough(image: str, runner: Runner) -> None:
+    mount = f"{runner.workspace}:/github/workspace"
+    command = ["docker", "run", "--rm", "--network", "none", "--read-only", "--cap-drop", "ALL"]
+    command += ["--tmpfs", "/tmp"]  # noqa: S108 (of the container)
+    command += ["--security-opt", "no-new-privileges", "-v", mount, image]
+    flags = ["--adapter-path", "adapter", "--base-model", "base", "--mode", "verify", "--merged-path", "base"]
+
+    done = subprocess.run(
+        [*command, *flags, "--device", "cpu"], env=dict(os.environ), capture_output=True, text=True, check=False
+    )
+
+    # Judged to the end: the base is not a merge, and the report says so.
+    assert done.returncode == 8, done.stdout + done.stderr
+    assert (
+        json.loads((runner.workspace / "lora-merge-report" / "report.json").read_text())["verdict"]["status"] == "FAIL"
+    )
