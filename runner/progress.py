@@ -1,4 +1,4 @@
-"""How a run shows where it is: a group for each phase in a workflow, lines in a plain log, a live display on a terminal.
+"""How a run shows where it is: a group for each phase in a workflow, lines in a log, a live display elsewhere.
 
 In a log, one line at most every `EVERY_S` says how far the phase is, at what rate, and when it will be done. The line
 comes whether or not there is news, so that a long computation does not look like one that hangs.

@@ -69,10 +69,14 @@ def test_a_quick_phase_says_nothing_more() -> None:
 def test_a_workflow_folds_each_phase_and_closes_the_last_whatever_happens() -> None:
     out = io.StringIO()
 
-    with pytest.raises(OSError, match="full"), Showing(GitHub({"GITHUB_ACTIONS": "true"}, out)) as showing:
-        showing.begin("plan")
-        showing.begin("merge")
-        raise OSError("full")
+    def run() -> None:
+        with Showing(GitHub({"GITHUB_ACTIONS": "true"}, out)) as showing:
+            showing.begin("plan")
+            showing.begin("merge")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        run()
 
     assert out.getvalue() == "::group::Plan\n::endgroup::\n::group::Merge\n::endgroup::\n"
     log = Log(secrets=set())
