@@ -116,13 +116,13 @@ def _rounding_picture(counts: Sequence[int]) -> Picture:
         axes.set_xlabel("|stored − exact|, in units in the last place")
         axes.set_ylabel("share of elements")
         axes.set_ylim(0, 1.25 * max(shares))
-        axes.legend(frameon=False, loc="upper right")
+        axes.legend(frameon=False, loc="upper left")
 
     return make_picture(
         "rounding-error",
         "Distance of the stored elements from the exact sum",
-        f"Histogram of the rounding errors of {total} sampled elements; {beyond:.3g} of them are beyond half a unit "
-        "in the last place.",
+        f"Histogram of the rounding errors of {total} sampled elements; {beyond:.3g} of them are half a unit in "
+        "the last place away, or more.",
         (8.0, 3.2),
         paint,
     )

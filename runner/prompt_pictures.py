@@ -40,6 +40,7 @@ def _error_picture(rows: Sequence[PromptRow]) -> Picture:
                 _drawable(floor), color=ALARM, linewidth=1.4, linestyle="--", label="noise floor of the arithmetic"
             )
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(_plain)
         axes.set_xlabel("position in the prompt")
         axes.set_ylabel("rms, over the logits' spread")
         low, high = axes.get_ylim()
@@ -75,6 +76,7 @@ def _divergence_picture(rows: Sequence[PromptRow]) -> Picture:
         )
         axes.invert_yaxis()
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(_plain)
         axes.set_xlim(left=smallest / 3)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", color=INK, alpha=0.15, linewidth=0.6)
@@ -108,6 +110,13 @@ def _drawable(curve: Sequence[float]) -> list[float]:
     return [value if value > 0 else math.nan for value in curve]  # a log scale has no zero
 
 
+def _plain(value: float, _place: int) -> str:
+    """Return a number on a log scale without the formula that matplotlib writes, which is switched off for names."""
+    return f"{value:g}"
+
+
 def _shortened(label: str) -> str:
     line = in_font(" ".join(label.split()))
+    if 2 * line.count("·") > len(line):
+        return "(another script)"
     return line if len(line) <= _LABEL_LENGTH else f"{line[: _LABEL_LENGTH - 1]}…"

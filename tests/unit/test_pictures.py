@@ -10,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 
 from runner.pictures import _grid, draw, picture_files
-from runner.prompt_pictures import draw_prompts
+from runner.prompt_pictures import _plain, _shortened, draw_prompts
 from runner.verify.figures import PromptRow
 from runner.verify.verdict import ERROR_BINS, ModuleRow, Status, Verdict
 
@@ -58,7 +58,7 @@ def test_the_texts_name_the_extremes() -> None:
     texts = {picture.name: picture.text for picture in draw(_verdict(*rows, errors=(*ERRORS[:10], 100, *ERRORS[11:])))}
     assert "0.3, lm_head" in texts["delta-ratio"]
     assert "0.25, lm_head" in texts["retention"]
-    assert "0.5 of them are beyond half a unit" in texts["rounding-error"]
+    assert "0.5 of them are half a unit" in texts["rounding-error"]
 
 
 def test_a_verdict_without_figures_has_no_pictures() -> None:
@@ -98,6 +98,8 @@ def test_the_prompts_have_their_pictures_with_the_noise_floor() -> None:
     assert "noise floor of 2e-06" in error.text
     assert "0.002 nats per token, where the base's is 0.5" in divergence.text
     assert draw_prompts(rows) == [error, divergence]
+    assert _plain(1e-4, 0) == "0.0001"
+    assert _shortened("昨天下午") == "(another script)"
     bare = [replace(row, floor=(), kl_mean_nats=0.0, error=(0.0,) * 12) for row in rows]
     assert "noise floor" not in draw_prompts(bare)[0].text
     assert draw_prompts([]) == []
@@ -105,8 +107,8 @@ def test_the_prompts_have_their_pictures_with_the_noise_floor() -> None:
 
 def test_rounding_by_chance_shows_the_whole_unit() -> None:
     nearest, chance = (draw(_verdict(errors=errors))[0] for errors in (ERRORS, (10,) * 20 + (0,)))
-    assert "0 of them are beyond half a unit" in nearest.text
-    assert "0.5 of them are beyond half a unit" in chance.text
+    assert "0 of them are half a unit" in nearest.text
+    assert "0.5 of them are half a unit" in chance.text
     assert nearest.png != chance.png
 
 
