@@ -54,7 +54,7 @@ def _delta_picture(rows: Sequence[ModuleRow]) -> Picture:
         axes.set_yticks(range(len(grid.kinds)), [_shortened(kind) for kind in grid.kinds])
         if grid.layers > 1:
             axes.set_xlabel("layer")
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            _number_wholly(axes)
         else:
             axes.set_xticks([])
         axes.spines[:].set_visible(False)
@@ -83,7 +83,7 @@ def _retention_picture(rows: Sequence[ModuleRow]) -> Picture:
         axes.axhline(MIN_RETENTION, color=ALARM, linewidth=1, linestyle="--", label=f"warned below {MIN_RETENTION}")
         axes.set_xlabel("layer (outside of all layers: −1)" if layers[0] < 0 else "layer")
         axes.set_ylabel("retention")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _number_wholly(axes)
         bottom = 0.88 if lowest.retention > MIN_RETENTION else min(-0.02, 1.05 * lowest.retention)
         axes.set_ylim(bottom, max(1.01, 1.05 * max(kept) if max(kept) > 1.01 else 0))
         axes.legend(frameon=False, loc="best")
@@ -176,6 +176,12 @@ def _common(paths: Sequence[Sequence[str]]) -> int:
     while all(len(path) > count + 1 for path in paths) and len({path[count] for path in paths}) == 1:
         count += 1
     return count
+
+
+def _number_wholly(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _shortened(kind: str) -> str:
