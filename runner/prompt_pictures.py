@@ -110,7 +110,7 @@ def _drawable(curve: Sequence[float]) -> list[float]:
     return [value if value > 0 else math.nan for value in curve]  # a log scale has no zero
 
 
-def _plain(value: float, _place: int) -> str:
+def _plain(value: float, _place: float) -> str:
     """Return a number on a log scale without the formula that matplotlib writes, which is switched off for names."""
     return f"{value:g}"
 
