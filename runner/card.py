@@ -9,6 +9,7 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from runner import frontmatter
 from runner.canvas import Picture
@@ -41,6 +42,7 @@ _QUALITIES = {
     "tokens": "tokens compared",
     "perplexity_ratio": "perplexity of the publisher's text, merged over unmerged",
 }
+_quoted = partial(json.dumps, ensure_ascii=False)  # JSON's escapes beyond the BMP are two characters in Python
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +50,9 @@ class CardFacts:
     """Everything that a card says.
 
     Attributes:
-        repo_id: where the release goes.
+        repo_id: where the release goes; for a folder, its name.
         tag: its name.
+        folder: path of the release as seen from beside that folder; None for a Hub.
         origin: what went in.
         facts: what the merge did.
         merged_digest: of the files of the merged folder.
@@ -70,6 +73,7 @@ class CardFacts:
     inherited: Inherited
     loading: Loading = field(default_factory=Loading)
     signed_by: str | None = None
+    folder: str | None = None
 
 
 def make_card(facts: CardFacts) -> bytes:
@@ -127,20 +131,18 @@ def _story(facts: CardFacts) -> str:
 
 
 def _use(facts: CardFacts) -> str:
-    repo_id, tag, loading = json.dumps(facts.repo_id), json.dumps(facts.tag), facts.loading
+    place = _quoted(facts.folder) if facts.folder else f"{_quoted(facts.repo_id)}, revision={_quoted(facts.tag)}"
+    loading, pin = facts.loading, "" if facts.folder else ", or better the commit that it points to"
     names = sorted(filter(None, (loading.model, loading.tokenizer)))
     lines = [
         f"from transformers import {', '.join(names)}",
         "",
-        f"model = {loading.model}.from_pretrained({repo_id}, revision={tag})",
+        f"model = {loading.model}.from_pretrained({place})",
     ]
     if loading.tokenizer is not None:
         noun = "processor" if loading.tokenizer == "AutoProcessor" else "tokenizer"
-        lines.append(f"{noun} = {loading.tokenizer}.from_pretrained({repo_id}, revision={tag})")
-    return (
-        "```python\n" + "\n".join(lines) + "\n```\n\n"
-        f"Pin the tag {code(facts.tag)}, or better the commit that it points to."
-    )
+        lines.append(f"{noun} = {loading.tokenizer}.from_pretrained({place})")
+    return "```python\n" + "\n".join(lines) + f"\n```\n\nPin the tag {code(facts.tag)}{pin}."
 
 
 def _verification(verdict: Verdict) -> str:
@@ -218,7 +220,7 @@ def _check_it(facts: CardFacts) -> str:
     origin = facts.origin
     rows = [
         ["mode", code("verify")],
-        ["merged-path", code(f"{facts.repo_id}@{facts.tag}")],
+        ["merged-path", code(facts.folder or f"{facts.repo_id}@{facts.tag}")],
         ["base-model", code(origin.base_repo_id) if origin.base_repo_id else _base(origin)],
         ["base-revision", code(origin.base_commit) if origin.base_commit else ""],
         ["adapter-path", "<br>".join(_adapter_references(origin))],
@@ -235,8 +237,9 @@ def _check_it(facts: CardFacts) -> str:
 
 def _commands(facts: CardFacts) -> str:
     """Return how the bytes are compared with what was published, as a block for a shell."""
+    get = f"hf download {shlex.quote(facts.repo_id)} --revision {shlex.quote(facts.tag)} --local-dir model"
     lines = [
-        f"hf download {shlex.quote(facts.repo_id)} --revision {shlex.quote(facts.tag)} --local-dir model",
+        get if facts.folder is None else f"cp -r {shlex.quote(facts.folder)} model",
         f"(cd model && sha256sum --check --quiet {CHECKSUMS})",
     ]
     after = ""
@@ -254,11 +257,8 @@ def _commands(facts: CardFacts) -> str:
 
 
 def _base(origin: Origin) -> str:
-    return (
-        code(origin.base_repo_id)
-        if origin.base_repo_id
-        else f"a local base (digest {code(_short(origin.base_digest))})"
-    )
+    local = f"a local base (digest {code(_short(origin.base_digest))})"
+    return code(origin.base_repo_id) if origin.base_repo_id else local
 
 
 def _adapter(adapter: AdapterOrigin) -> str:

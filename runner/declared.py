@@ -56,12 +56,25 @@ INPUTS: tuple[InputSpec, ...] = (
     InputSpec(name="combination-density", description="Share of each adapter's values to keep, in (0, 1]."),
     InputSpec(name="combination-seed", description="Seed of dare's random choice; else 0."),
     InputSpec(name="combination-majority-sign", description="How ties elects a sign; else total.", choices=MAJORITIES),
-    InputSpec(name="target-repo", description="Repository to publish to, owner/name; created if absent."),
+    InputSpec(
+        name="target-repo",
+        description="Repository to publish to, owner/name, created if absent; or a folder, dir:///path.",
+    ),
+    InputSpec(
+        name="target-revision",
+        description="Branch that the release's commit goes to; started at main if absent.",
+        default="main",
+    ),
     InputSpec(
         name="base-model", description="Base model: a local folder, or owner/name[@revision]; else the adapter's."
     ),
     InputSpec(name="base-revision", description="Revision of the base model: a commit, tag or branch."),
     InputSpec(name="tag", description="Tag of the release; else the event's release or pushed tag."),
+    InputSpec(
+        name="also-tags",
+        description="Tags that are moved to the release, such as latest; one a line, or with commas.",
+        multiline=True,
+    ),
     InputSpec(
         name="mode",
         description="What to do: release, judge an existing merge, or only say what would happen.",
@@ -103,7 +116,7 @@ INPUTS: tuple[InputSpec, ...] = (
     InputSpec(name="gpu-wait-timeout", description="Minutes to wait for a free GPU.", default="30"),
     InputSpec(
         name="hf-token",
-        description="Token that may write to target-repo (and read adapter and base).",
+        description="Token that may write to target-repo (and read adapter and base); else a trusted publisher's.",
         secret=True,
         fallback="HF_TOKEN",
     ),
@@ -163,4 +176,29 @@ INPUTS: tuple[InputSpec, ...] = (
         default="fail",
         choices=("fail", "skip", "replace"),
     ),
+    InputSpec(
+        name="protected-tags",
+        description="Patterns of tags that are never moved, such as v*; one a line, or with commas.",
+        multiline=True,
+    ),
+    InputSpec(
+        name="staging", description="Whether the branch follows only after the tag was read back.", default="false"
+    ),
+    InputSpec(
+        name="create-pr", description="Whether to open a pull request instead of a tagged commit.", default="false"
+    ),
+    InputSpec(
+        name="allow-same-repo",
+        description="Whether target-repo may be the repository of the adapter or of the base.",
+        default="false",
+    ),
+    InputSpec(
+        name="archive-adapter", description="Whether the release holds the adapter, under adapter/.", default="false"
+    ),
+    InputSpec(
+        name="upload-early",
+        description="Whether finished shards are sent, invisibly, while the merge goes on.",
+        default="true",
+    ),
+    InputSpec(name="hub-endpoint", description="Address of the Hub; else the public one.", fallback="HF_ENDPOINT"),
 )

@@ -35,22 +35,27 @@ def merge_facts(plan: PlanSummary, versions: Mapping[str, str]) -> MergeFacts:
     )
 
 
-def make_documents(facts: CardFacts, files: Iterable[FileDigest], *, key: SigningKey | None) -> dict[str, bytes]:
+def make_documents(
+    facts: CardFacts, files: Iterable[FileDigest], *, key: SigningKey | None, archived: Iterable[FileDigest] = ()
+) -> dict[str, bytes]:
     """Return the documents by path; equal for equal arguments, but for the random part of a signature.
 
     Args:
         facts: everything that the card says.
         files: of the merged folder.
         key: signs the release; None for no signature.
+        archived: the adapter's files in the release.
     """
-    files = tuple(files)
+    files, archived = tuple(files), tuple(archived)
     documents = {
         CARD: make_card(facts),
-        MANIFEST: manifest(facts.origin, facts.facts, facts.verdict, files, signed_by=facts.signed_by),
+        MANIFEST: manifest(
+            facts.origin, facts.facts, facts.verdict, files, signed_by=facts.signed_by, archived=archived
+        ),
         **picture_files(facts.pictures, under=REPORT_FOLDER),
     }
-    documents[CHECKSUMS] = checksums(release_digests(files, documents))
+    documents[CHECKSUMS] = checksums(release_digests((*files, *archived), documents))
     if key is not None:
-        digests = release_digests(files, documents)
+        digests = release_digests((*files, *archived), documents)
         documents[SIGNATURE] = sign(key, name=facts.repo_id, digests=digests, signature_path=SIGNATURE)
     return documents

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runner.checkpoint.digests import MergedCheckpoint
+from runner.checkpoint.digests import FileDigest, MergedCheckpoint
 from runner.combination import Combination
 from runner.errors import Problem
 from runner.gpu_turn import GpuWish
@@ -105,6 +105,19 @@ class Planned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShardReady:
+    """A shard is finished and does not change any more; the folder that it is in may get another name.
+
+    Attributes:
+        folder: where it is now.
+        file: its path in the folder, size and sha256.
+    """
+
+    folder: Path
+    file: FileDigest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Merged:
     """The merged folder is complete.
 
@@ -132,9 +145,9 @@ class Failed:
     problem: Problem
 
 
-Event = Ready | Told | PhaseStarted | Progress | Planned | Merged | Judged | Failed
+Event = Ready | Told | PhaseStarted | Progress | Planned | ShardReady | Merged | Judged | Failed
 _KINDS: dict[str, type[Event]] = {
-    kind.__name__: kind for kind in (Ready, Told, PhaseStarted, Progress, Planned, Merged, Judged, Failed)
+    kind.__name__: kind for kind in (Ready, Told, PhaseStarted, Progress, Planned, ShardReady, Merged, Judged, Failed)
 }
 
 

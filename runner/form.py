@@ -87,7 +87,10 @@ class Form:
 
     def folder(self, name: str) -> Path | None:
         """Return a folder to write into, which need not exist yet."""
-        value = self.values.get(name)
+        return self.folder_at(name, self.values.get(name))
+
+    def folder_at(self, name: str, value: str | None) -> Path | None:
+        """Return the folder to write into that `value`, a part of the input, names."""
         path = self.attempt(lambda: self.workspace.locate(name, value)) if value else None
         if path is None or path.is_dir() or not path.exists():
             return path

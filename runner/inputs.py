@@ -18,12 +18,16 @@ from runner.errors import InputError, Problem
 from runner.form import Form
 from runner.limits import Evaluation, Limits
 from runner.machine import Machine, read_machine
+from runner.placement import Placement, check_placement, read_placement
 from runner.reference import RepoRef
 from runner.rounding import Rounding
 from runner.signature import SigningKey
-from runner.syntax import repo_id_problem, revision_problem
+from runner.syntax import revision_problem
 from runner.terms import read_evaluation, read_limits, read_rounding
 from runner.workspace import Workspace
+
+IDENTITY_URL = "ACTIONS_ID_TOKEN_REQUEST_URL"
+IDENTITY_TOKEN = "ACTIONS_ID_TOKEN_REQUEST_TOKEN"  # noqa: S105 (the name of a variable)
 
 __all__ = ["INPUTS", "Inputs", "RepoRef", "given_secrets", "parse", "usage", "wants_help"]
 
@@ -37,7 +41,7 @@ class Inputs:
         combination: how several adapters become one; None exactly when there is one.
         base: into what; None for the base that the adapter's config names.
         base_revision: asked for by the user; part of `base` too where that is given.
-        target_repo: set whenever `mode` is publish.
+        placement: where the release goes; a repository or a folder whenever `mode` is publish.
         tag: set whenever `mode` is publish.
         mode: publish, verify or plan.
         merged: what to judge; set exactly when `mode` is verify.
@@ -45,9 +49,10 @@ class Inputs:
         rounding: of the values that the adapter changes.
         device: of the worker.
         machine: where the worker runs, and how long.
-        hf_token: set whenever `mode` is publish.
+        hf_token: set whenever `mode` is publish, unless the release goes to a folder or the job `is_keyless`.
         base_token: for reading; the same as `hf_token` unless another is given.
         signing_key: of the release's signature, or None for none.
+        is_keyless: whether the job gets its token as a trusted publisher.
         private: for a repository that is created.
         work_dir: absolute, or None for a temporary one.
         report_dir: absolute.
@@ -65,7 +70,7 @@ class Inputs:
     combination: Combination | None
     base: RepoRef | None
     base_revision: str | None
-    target_repo: str | None
+    placement: Placement
     tag: str | None
     mode: Literal["publish", "verify", "plan"]
     merged: RepoRef | None
@@ -76,6 +81,7 @@ class Inputs:
     hf_token: str | None = field(repr=False)
     base_token: str | None = field(repr=False)
     signing_key: SigningKey | None
+    is_keyless: bool
     private: bool
     work_dir: Path | None
     report_dir: Path
@@ -108,6 +114,8 @@ class Inputs:
             return "" if path is None else self.workspace.show(path)
 
         wanted, machine = self.combination, self.machine.public()
+        where = self.placement
+        place = where.public(folder(where.folder))
         weighted = zip(self.adapters, wanted.weights if wanted else (1.0,) * len(self.adapters), strict=True)
         return {
             "adapter-path": "\n".join(
@@ -117,10 +125,12 @@ class Inputs:
             "combination-density": repr(wanted.density) if wanted and wanted.density is not None else "",
             "combination-seed": str(wanted.seed) if wanted and wanted.seed is not None else "",
             "combination-majority-sign": (wanted.majority_sign or "") if wanted else "",
-            "target-repo": self.target_repo or "",
+            "target-repo": place.pop("target-repo"),
+            "target-revision": place.pop("target-revision"),
             "base-model": model(self.base),
             "base-revision": self.base_revision or "",
             "tag": self.tag or "",
+            "also-tags": place.pop("also-tags"),
             "mode": self.mode,
             "merged-path": model(self.merged),
             "dtype": self.dtype,
@@ -143,6 +153,7 @@ class Inputs:
             "allow-not-verified": self.allow_not_verified,
             "commit-message": self.commit_message or "",
             "on-existing-tag": self.on_existing_tag,
+            **place,
         }
 
 
@@ -158,7 +169,7 @@ def usage() -> str:
 
 def given_secrets(environ: Mapping[str, str]) -> tuple[str, ...]:
     """Return every token in the environment, checked or not: to be masked before anything is printed."""
-    variables = [name for spec in INPUTS if spec.secret for name in spec.variables]
+    variables = [name for spec in INPUTS if spec.secret for name in spec.variables] + [IDENTITY_TOKEN]
     return tuple(sorted({token for name in variables if (token := environ.get(name, "").strip())}))
 
 
@@ -186,12 +197,13 @@ def parse(
     hf_token = values.get("hf-token") or None
     base_revision = form.checked("base-revision", revision_problem, "a revision")
     adapters = form.adapters("adapter-path")
+    placement = read_placement(form)
     inputs = Inputs(
         adapters=tuple(ref for ref, _ in adapters),
         combination=form.combination(adapters),
         base=form.base(base_revision),
         base_revision=base_revision,
-        target_repo=form.checked("target-repo", repo_id_problem, "a repository on the Hub"),
+        placement=placement,
         tag=form.tag(event_tag),
         mode=mode,
         merged=form.model("merged-path"),
@@ -202,6 +214,7 @@ def parse(
         hf_token=hf_token,
         base_token=values.get("base-token") or hf_token,
         signing_key=form.signing_key("signing-key"),
+        is_keyless=hf_token is None and placement.folder is None and has_identity(environ),
         private=form.boolean("private"),
         work_dir=form.folder("work-dir"),
         report_dir=form.folder("report-dir") or form.workspace.root,
@@ -254,11 +267,13 @@ def _check_publishing(form: Form, inputs: Inputs, event_problems: Sequence[Probl
         why="`mode: publish` must know where the release goes.",
         fix="Set it to `owner/name`, or set `mode: plan` to see what would happen.",
     )
-    form.require(
-        "hf-token",
-        why="Nothing can be published without a token that may write to `target-repo`.",
-        fix="Set `hf-token: ${{ secrets.HF_TOKEN }}`; outside a workflow set the variable `HF_TOKEN`.",
-    )
+    if inputs.placement.folder is None and not inputs.is_keyless:
+        form.require(
+            "hf-token",
+            why="Nothing can be published without a token that may write to `target-repo`.",
+            fix="Set `hf-token: ${{ secrets.HF_TOKEN }}`; outside a workflow set the variable `HF_TOKEN`. Without a "
+            "secret, give the job `permissions: { id-token: write }` and make it a trusted publisher.",
+        )
     if inputs.tag is None:
         form.require(
             "tag",
@@ -266,10 +281,10 @@ def _check_publishing(form: Form, inputs: Inputs, event_problems: Sequence[Probl
             fix="Set it, for example `tag: v1.0.0`.",
         )
     form.problems.extend(event_problems)
-    for name, ref in (*(("adapter-path", ref) for ref in inputs.adapters), ("base-model", inputs.base)):
-        if ref and ref.repo_id and inputs.target_repo and ref.repo_id.lower() == inputs.target_repo.lower():
-            form.add(
-                f"`target-repo` and `{name}` are both {ref.repo_id!r}.",
-                why="The release replaces the files of its repository, so it would overwrite what it was made from.",
-                fix="Publish to a repository of its own.",
-            )
+    sources = [*(("adapter-path", ref) for ref in inputs.adapters), ("base-model", inputs.base)]
+    check_placement(form, inputs.placement, inputs.tag, sources)
+
+
+def has_identity(environ: Mapping[str, str]) -> bool:
+    """Return whether the job may ask GitHub for an id token (`permissions: id-token: write`)."""
+    return bool(environ.get(IDENTITY_URL) and environ.get(IDENTITY_TOKEN))

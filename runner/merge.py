@@ -8,7 +8,6 @@ is taken over (`runner.resume`).
 from __future__ import annotations
 
 import hashlib
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -22,21 +21,27 @@ from runner.checkpoint.layout import INDEX_FILE
 from runner.checkpoint.reader import TORCH_DTYPES, Reader, tensor_bytes
 from runner.checkpoint.writer import BUFFER_BYTES, ShardWriter
 from runner.companions import copy_companion
-from runner.errors import NotEnoughDisk, RunnerError
+from runner.errors import RunnerError
 from runner.experts import Panel, Stack, agrees, panels, stack_of
 from runner.fast import MIN_ROWS, LinearMerger, check_range, is_fast, is_same, linear_panel
 from runner.plan import Action, Plan, ShardPlan, TensorPlan
 from runner.prepare import Prepared
-from runner.resume import Standing, take_up
+from runner.resume import Standing, check_space, take_up
 from runner.stochastic import Rounder
 from runner.sums import GpuMerger, Sums
 from runner.whole import UnitMerger
 
 Progress = Callable[[int, int], None]
+OnShard = Callable[[Path, FileDigest], None]
 
 
 def merge(
-    prepared: Prepared, *, into: Path, on_progress: Progress | None = None, device: str = "cpu"
+    prepared: Prepared,
+    *,
+    into: Path,
+    on_progress: Progress | None = None,
+    on_shard: OnShard | None = None,
+    device: str = "cpu",
 ) -> MergedCheckpoint:
     """Carry out the plan and return the finished folder `into`.
 
@@ -45,6 +50,7 @@ def merge(
         into: appears by rename when everything is written. `<into>.partial` and `<into>.journal.json` stand beside it
             until then; the journal stays. It may exist as the result of an earlier merge, whose shards are then kept.
         on_progress: called with (bytes written, bytes in all) after every tensor.
+        on_shard: called with (folder, digest) of every shard that is finished, those of an earlier run first.
         device: "cpu", or "cuda" to sum on the GPU what has the same bits there (`runner.sums`).
 
     Raises:
@@ -58,11 +64,11 @@ def merge(
     torch.set_num_threads(1)  # one thread merges, one writes, one hashes; more only contend (and change last bits)
     standing = take_up(prepared, into)
     plan, attached = prepared.plan, prepared.attached
-    _check_space(plan, standing)
+    check_space(plan.summary.disk_bytes, standing)
     with Reader(attached.checkpoint) as reader, torch.inference_mode():
         job = _Job(prepared, reader, standing, on_progress, torch.device(device))
         job.check_fast_path()
-        files = job.write_shards()
+        files = job.write_shards(on_shard)
         read_bytes = reader.read_bytes
         notes = (standing.note, job.note)
     files += _write_rest(plan, standing.partial)
@@ -115,10 +121,13 @@ class _Job:
         """What the user should know of the device, or an empty text."""
         return self._sums.note
 
-    def write_shards(self) -> list[FileDigest]:
+    def write_shards(self, on_shard: OnShard | None) -> list[FileDigest]:
         """Write what is not kept; return the digests of all shards."""
         journal = self._standing.journal
         files = list(journal.files)
+        tell = on_shard or (lambda _folder, _file: None)
+        for file in files:
+            tell(self._standing.partial, file)
         written = sum(file.size_bytes for file in files)
         total = written + sum(shard.size_bytes for shard in self._shards)
         with self._writer() as writer:
@@ -131,6 +140,7 @@ class _Job:
                         self._on_progress(written, total)
                 files.append(writer.finish())
                 replace(journal, files=tuple(files)).write(self._standing.journal_path)
+                tell(self._standing.partial, files[-1])
         return files
 
     def check_fast_path(self) -> None:
@@ -251,17 +261,6 @@ def _disagreement(tensor: TensorPlan) -> RunnerError:
         why="This build of torch multiplies blocks of rows differently from the whole matrix.",
         fix="Use the image of this action as it is published, and report the versions in the log.",
     )
-
-
-def _check_space(plan: Plan, standing: Standing) -> None:
-    free_bytes = shutil.disk_usage(standing.partial).free
-    needed_bytes = plan.summary.disk_bytes - sum(file.size_bytes for file in standing.kept.values())
-    if free_bytes < needed_bytes:
-        raise NotEnoughDisk(
-            f"The merged model needs {needed_bytes / 1e9:.3f} GB, and {free_bytes / 1e9:.3f} GB are free.",
-            why="It is written to `work-dir` as a whole before it is judged.",
-            fix="Point `work-dir` at a file system with more free space.",
-        )
 
 
 def row_bytes(tensor: TensorPlan) -> int:

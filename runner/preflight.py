@@ -16,10 +16,10 @@ from runner.checkpoint.layout import read_checkpoint
 from runner.combinable import check_combinable
 from runner.disk import REPORT_BYTES, Need, check_room
 from runner.errors import RunnerError
-from runner.hub import Hub, Snapshot, Target, connect, read_patience
-from runner.inputs import Inputs, RepoRef
+from runner.hub import Hub, Keyless, Login, Snapshot, connect, read_patience
+from runner.inputs import IDENTITY_TOKEN, IDENTITY_URL, Inputs, RepoRef
 from runner.provenance import AdapterOrigin, Origin, adapter_digest, base_digest
-from runner.publish import Release, find_existing
+from runner.publish import Destination, FolderDestination, HubDestination, Wanted
 
 Say = Callable[[str], None]
 
@@ -54,29 +54,60 @@ class Resolved:
         return self.adapters[0]
 
 
-def open_hubs(inputs: Inputs, environ: Mapping[str, str]) -> Hubs:
-    """Return the Hub with both tokens, as patient as `environ` asks; nothing is requested yet.
+def open_hubs(inputs: Inputs, environ: Mapping[str, str], mask: Callable[[str], None]) -> Hubs:
+    """Return the Hub with what may write and with what reads, as patient as `environ` asks; nothing is requested yet.
+
+    Args:
+        inputs: name the Hub and the tokens.
+        environ: holds what a job without a token proves itself with.
+        mask: told every token that is made later.
 
     Raises:
         InputError: see `read_patience`.
     """
     timeout_s, patience = read_patience(environ)
 
-    def hub(token: str | None) -> Hub:
-        return connect(None, token=token, timeout_s=timeout_s, patience=patience)
+    def hub(token: str | None, login: Login | None = None) -> Hub:
+        endpoint = inputs.placement.endpoint
+        return connect(endpoint, token=token, login=login, timeout_s=timeout_s, patience=patience)
 
-    return Hubs(writing=hub(inputs.hf_token), reading=hub(inputs.base_token))
+    reading = hub(inputs.base_token)
+    if not inputs.is_keyless or inputs.placement.repo_id is None:
+        return Hubs(writing=hub(inputs.hf_token), reading=reading)
+    login = Keyless(
+        endpoint=reading.endpoint,
+        repo_id=inputs.placement.repo_id,
+        identity_url=environ[IDENTITY_URL],
+        identity_token=environ[IDENTITY_TOKEN],
+        on_secret=mask,
+        patience=patience,
+    )
+    return Hubs(writing=hub(None, login), reading=reading)
 
 
-def inspect_target(inputs: Inputs, hubs: Hubs) -> Target | None:
-    """Return the state of the repository to publish to, or None where nothing is published.
-
-    Raises:
-        HubError: the token may not publish there, or the tag cannot be used.
-    """
-    if inputs.mode != "publish" or inputs.target_repo is None or inputs.tag is None:
+def open_destination(inputs: Inputs, hubs: Hubs) -> Destination | None:
+    """Return where the release goes, or None where nothing is published; nothing is requested yet."""
+    where = inputs.placement
+    if inputs.mode != "publish" or inputs.tag is None:
         return None
-    return hubs.writing.inspect_target(inputs.target_repo, inputs.tag)
+    wanted = Wanted(
+        tag=inputs.tag,
+        also_tags=where.also_tags,
+        branch=where.branch,
+        is_staged=where.is_staged,
+        create_pr=where.create_pr,
+        private=inputs.private,
+        on_existing_tag=inputs.on_existing_tag,
+        commit_message=inputs.commit_message,
+        allows_adapter=where.allows_same_repo,
+        is_protected=where.is_protected(inputs.tag),
+        allow_not_verified=inputs.allow_not_verified,
+    )
+    if where.folder is not None:
+        return FolderDestination(root=where.folder, wanted=wanted)
+    if where.repo_id is None:
+        return None
+    return HubDestination(hub=hubs.writing, repo_id=where.repo_id, wanted=wanted, sends_early=where.uploads_early)
 
 
 def resolve(inputs: Inputs, hubs: Hubs, cache_dir: Path, say: Say) -> Resolved:
@@ -118,19 +149,6 @@ def resolve(inputs: Inputs, hubs: Hubs, cache_dir: Path, say: Say) -> Resolved:
         rounding=inputs.rounding,
     )
     return Resolved(adapters=adapters, base_ref=base_ref, origin=origin, notes=notes)
-
-
-def find_release(inputs: Inputs, hubs: Hubs, target: Target | None, origin: Origin) -> Release | None:
-    """Return the release that makes this run unnecessary, or None when there is work to do.
-
-    Raises:
-        TagExists: the tag holds something else, and `on-existing-tag` is "fail".
-    """
-    if target is None or inputs.tag is None:
-        return None
-    return find_existing(
-        hubs.writing, target, inputs.tag, origin.input_digest(), on_existing_tag=inputs.on_existing_tag
-    )
 
 
 def check_disks(inputs: Inputs, hubs: Hubs, resolved: Resolved, *, work: Path, cache: Path) -> None:

@@ -26,7 +26,6 @@ MANIFEST = "merge-manifest.json"
 CHECKSUMS = "checksums.txt"
 SIGNATURE = "model.sig"
 REPORT_FOLDER = "merge-report/"
-SIGNIFICANT_DIGITS = 2
 NEAREST_ROUNDING = Rounding()
 
 
@@ -182,6 +181,7 @@ def manifest(
     files: Iterable[FileDigest],
     *,
     signed_by: str | None = None,
+    archived: Iterable[FileDigest] = (),
 ) -> bytes:
     """Return merge-manifest.json: UTF-8 JSON with sorted keys; equal for equal arguments.
 
@@ -191,6 +191,7 @@ def manifest(
         verdict: what the judge said; its texts and times are left out.
         files: of the merged folder; what is added at publish is not listed.
         signed_by: fingerprint of the key that signs the release, or None.
+        archived: the adapter's files in the release.
     """
     content = released(files)
     document: dict[str, Any] = {
@@ -222,8 +223,8 @@ def manifest(
         },
         "files": [asdict(file) for file in content],
     }
-    if signed_by is not None:
-        document["signed_by"] = signed_by
+    where_given = {"signed_by": signed_by, "archive": [asdict(file) for file in archived]}
+    document |= {name: value for name, value in where_given.items() if value}
     return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
@@ -241,7 +242,7 @@ def rounded(value: float | None) -> float | None:
     """Return `value` with two significant digits; None for None and for what is not finite."""
     if value is None or not math.isfinite(value):
         return None
-    return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
+    return float(f"{value:.2g}")
 
 
 def quality_numbers(quality: Quality | None) -> dict[str, float | int | None] | None:

@@ -56,6 +56,8 @@ class Record:
 
     def standing(self) -> str:
         """Return what is on the Hub because of this run, as one sentence."""
+        if self.release is not None and self.release.pull_request is not None:
+            return f"The pull request was complete: {self.release.pull_request}."
         if self.release is not None and self.release.created:
             return f"The release was complete: {self.release.repo_id} has the tag {self.release.tag}."
         if self.phase == "publish":

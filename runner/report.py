@@ -72,7 +72,7 @@ class Report:
         quality = verdict.quality if verdict else None
         folder = str(self.inputs_public.get("report-dir", ""))
         return {
-            "commit-sha": release.commit if release else "",
+            "commit-sha": release.commit if release and not release.pull_request else "",
             "tag": release.tag if release else "",
             "repo-url": release.url if release else "",
             "verified": "skipped" if status is None else str(status in PASSED).lower(),
@@ -80,6 +80,7 @@ class Report:
             "merged-digest": self.merged_digest or (release.merged_digest if release else None) or "",
             "base-revision": self.base_revision or "",
             "adapter-digest": self.adapter_digest or "",
+            "pull-request-url": (release.pull_request or "") if release else "",
             "report-path": f"{folder.rstrip('/')}/{JSON_FILE}" if folder else "",
             "checksums-path": f"{folder.rstrip('/')}/{CHECKSUMS}" if folder and self.checksums else "",
             "retention": _text(quality.retention if quality else None),
@@ -220,7 +221,7 @@ def _text(value: float | None) -> str:
     return str(int(value)) if math.isfinite(value) and value == int(value) and abs(value) < 1e15 else repr(value)
 
 
-def _release_fields(release: Published | None) -> dict[str, str | bool] | None:
+def _release_fields(release: Published | None) -> dict[str, str | bool | None] | None:
     if release is None:
         return None
     return {
@@ -229,6 +230,7 @@ def _release_fields(release: Published | None) -> dict[str, str | bool] | None:
         "commit": release.commit,
         "url": release.url,
         "created": release.created,
+        "pull_request": release.pull_request,
     }
 
 

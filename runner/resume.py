@@ -21,7 +21,7 @@ from runner.adapter import CONFIG_FILE, WEIGHTS_FILE
 from runner.checkpoint.digests import FileDigest, digest_file, digest_of
 from runner.checkpoint.journal import Journal, read_journal
 from runner.companions import CONFIG
-from runner.errors import RunnerError
+from runner.errors import NotEnoughDisk, RunnerError
 from runner.prepare import Prepared
 
 LIBRARIES = ("torch", "transformers", "peft")
@@ -77,6 +77,18 @@ def take_up(prepared: Prepared, into: Path) -> Standing:
     journal.write(journal_path)
     _clear(partial, keep={file.path for file in files})
     return Standing(partial=partial, journal_path=journal_path, journal=journal, note=note)
+
+
+def check_space(disk_bytes: int, standing: Standing) -> None:
+    """Raise `NotEnoughDisk` where there is no room for the plan's `disk_bytes`, less what is kept."""
+    free_bytes = shutil.disk_usage(standing.partial).free
+    needed_bytes = disk_bytes - sum(file.size_bytes for file in standing.kept.values())
+    if free_bytes < needed_bytes:
+        raise NotEnoughDisk(
+            f"The merged model needs {needed_bytes / 1e9:.3f} GB, and {free_bytes / 1e9:.3f} GB are free.",
+            why="It is written to `work-dir` as a whole before it is judged.",
+            fix="Point `work-dir` at a file system with more free space.",
+        )
 
 
 def fingerprint(prepared: Prepared) -> dict[str, str]:

@@ -5,39 +5,40 @@ The worker is started as soon as the preflight has passed, so that its imports h
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from runner.archive import archive
 from runner.card import CardFacts
 from runner.checkpoint.digests import MergedCheckpoint, digest_folder, digest_of
 from runner.documents import make_documents, merge_facts
 from runner.errors import LaunchError, PublishError
-from runner.events import Event, Judged, Merged, PhaseStarted, Planned, Progress, Told
+from runner.events import Event, Judged, Merged, PhaseStarted, Planned, Progress, ShardReady, Told
 from runner.github import GitHub
-from runner.hub import Target, Traffic
+from runner.hub import Traffic
 from runner.inherited import inherit, read_readme
 from runner.inputs import Inputs
 from runner.launch import Worker, launch
+from runner.lines import plan_lines, progress_line
 from runner.loading import read_loading
 from runner.orders import worker_job, worker_wish
 from runner.pictures import draw
 from runner.plan import PlanSummary
 from runner.preflight import (
-    Hubs,
     Resolved,
     check_disks,
     fetch_base,
     fetch_merged,
-    find_release,
-    inspect_target,
+    open_destination,
     open_hubs,
     resolve,
 )  # fmt: skip
 from runner.provenance import CHECKSUMS, released
-from runner.publish import Release, publish
+from runner.publish import Destination, EarlyUpload, Release, ToPublish
 from runner.record import Record
 from runner.stop import Stops
 from runner.verify.verdict import Status, Verdict
@@ -56,6 +57,7 @@ class Story:
     record: Record
     work: WorkFolder
     stops: Stops
+    early: EarlyUpload | None = field(default=None, init=False)
 
     def run(self) -> None:
         """Do what the inputs ask for; the record says what came of it.
@@ -63,21 +65,23 @@ class Story:
         Raises:
             RunnerError: see the rooms that do the work. A failed verdict raises nothing.
         """
-        hubs = open_hubs(self.inputs, self.environ)
+        hubs = open_hubs(self.inputs, self.environ, self.github.mask)
+        destination = open_destination(self.inputs, hubs)
         cache = self.inputs.cache_dir or self.work.path / "cache"
         with self._phase("preflight"):
-            target = inspect_target(self.inputs, hubs)
+            if destination is not None:
+                destination.inspect(self.github.info)
             resolved = resolve(self.inputs, hubs, cache, self.github.info)
             self.record.origin, self.record.notes = resolved.origin, resolved.notes
-            existing = find_release(self.inputs, hubs, target, resolved.origin)
+            digest = resolved.origin.input_digest()
+            existing = destination.find(digest, self.github.info) if destination is not None else None
             if existing is None:
                 check_disks(self.inputs, hubs, resolved, work=self.work.path, cache=cache)
         if existing is not None:
             self._nothing_to_do(existing)
             return
-        with launch(
-            worker_wish(self.inputs, self.environ, self.work, cache), log=self._relay, say=self.github.info
-        ) as worker:
+        wish = worker_wish(self.inputs, self.environ, self.work, cache)
+        with launch(wish, log=self._relay, say=self.github.info) as worker, self._early(destination):
             self.stops.at_once(worker.stop)
             if self.inputs.device == "cuda":  # no GPU is told before the base is downloaded, not after
                 self._check_device(worker)
@@ -97,8 +101,8 @@ class Story:
             self._follow(worker)
         if self.record.verdict is not None:
             self.record.pictures = draw(self.record.verdict)
-        if target is not None:
-            self._publish(hubs, target, resolved, base)
+        if destination is not None:
+            self._publish(destination, resolved, base)
 
     def _tell_traffic(self, traffic: Traffic) -> None:
         self.record.traffic = traffic
@@ -152,6 +156,8 @@ class Story:
             self.github.warning("LoRA merge", event.text)
         elif isinstance(event, Told):
             self.github.info(event.text)
+        elif isinstance(event, ShardReady) and self.early is not None:
+            self.early.offer(event.folder / event.file.path, event.file)
         elif isinstance(event, Planned):
             self.record.plan = replace(event.summary, notes=(*self.record.notes, *event.summary.notes))
             for line in plan_lines(event.summary):
@@ -168,53 +174,56 @@ class Story:
                 f"{event.checkpoint.wall_s:.1f} s, {rate:.0f} MB/s, peak {event.peak_rss_bytes / 1e6:.0f} MB."
             )
         elif isinstance(event, Judged):
-            self.record.verdict = event.verdict
-            self.github.info(f"Verdict: {event.verdict.status.value}.")
-            for check in event.verdict.failures:
-                self.github.info(f"  FAIL {check.layer.value}: {check.name}: {check.detail}")
-            for diagnosis in event.verdict.diagnoses:
-                sure = "" if diagnosis.is_certain else " (likely)"
-                self.github.info(f"  DIAGNOSIS {diagnosis.kind.value}{sure}: {diagnosis.evidence}")
+            self._tell_verdict(event.verdict)
 
-    def _publish(self, hubs: Hubs, target: Target, resolved: Resolved, base: Path) -> None:
+    def _tell_verdict(self, verdict: Verdict) -> None:
+        self.record.verdict = verdict
+        self.github.info(f"Verdict: {verdict.status.value}.")
+        for check in verdict.failures:
+            self.github.info(f"  FAIL {check.layer.value}: {check.name}: {check.detail}")
+        for diagnosis in verdict.diagnoses:
+            sure = "" if diagnosis.is_certain else " (likely)"
+            self.github.info(f"  DIAGNOSIS {diagnosis.kind.value}{sure}: {diagnosis.evidence}")
+
+    def _publish(self, destination: Destination, resolved: Resolved, base: Path) -> None:
         record = self.record
         verdict, merged, plan = record.verdict, record.merged, record.plan
         if verdict is None or merged is None or plan is None or self.inputs.tag is None:
             raise PublishError(
                 "The worker ended without a verdict.",
-                why="Only a merge that was judged is published. Nothing was written to the Hub.",
+                why="Only a merge that was judged is published. Nothing was published.",
                 fix="Look at the lines above; if this is not about your machine, report it with the log.",
             )
         if not verdict.passed and not self._is_allowed(verdict.status):
             return
         key = self.inputs.signing_key
-        card = self._card_facts(target, resolved, base, verdict, merged, plan)
+        card = self._card_facts(destination, resolved, base, verdict, merged, plan)
+        keeps_adapter = self.inputs.placement.archives_adapter
+        archived = archive([adapter.root for adapter in resolved.adapters]) if keeps_adapter else ()
         with self._phase("publish"):
-            documents = make_documents(card, merged.files, key=key)
+            documents = make_documents(card, merged.files, key=key, archived=[kept.file for kept in archived])
             if key is not None:
                 self.github.info(f"Signed with the key {key.fingerprint}.")
             record.checksums = documents[CHECKSUMS]
-            record.release = publish(
-                hubs.writing,
-                target=target,
-                folder=merged.root,
-                files=merged.files,
-                documents=documents,
-                tag=self.inputs.tag,
-                verdict=verdict,
-                allow_not_verified=self.inputs.allow_not_verified,
-                input_digest=resolved.origin.input_digest(),
-                private=self.inputs.private,
-                on_existing_tag=self.inputs.on_existing_tag,
-                commit_message=self.inputs.commit_message,
+            record.release = destination.publish(
+                ToPublish(
+                    folder=merged.root,
+                    files=merged.files,
+                    documents=documents,
+                    verdict=verdict,
+                    input_digest=resolved.origin.input_digest(),
+                    archived=archived,
+                    sent=self.early.sent() if self.early is not None else {},
+                ),
+                say=self.github.info,
                 on_progress=self._upload_progress(),
-                log=self.github.info,
             )
-        self.github.info(f"Published {record.release.url}, commit {record.release.commit}.")
+        release = record.release
+        self.github.info(f"Published {release.url}{f', commit {release.commit}' if release.commit else ''}.")
 
     def _card_facts(
         self,
-        target: Target,
+        destination: Destination,
         resolved: Resolved,
         base: Path,
         verdict: Verdict,
@@ -223,7 +232,8 @@ class Story:
     ) -> CardFacts:
         key = self.inputs.signing_key
         return CardFacts(
-            repo_id=target.repo_id,
+            repo_id=destination.name,
+            folder=destination.folder,
             tag=self.inputs.tag or "",
             origin=resolved.origin,
             facts=merge_facts(plan, self.record.versions),
@@ -251,6 +261,17 @@ class Story:
     def _is_allowed(self, status: Status | None) -> bool:
         return status is Status.NOT_VERIFIED and self.inputs.allow_not_verified
 
+    @contextmanager
+    def _early(self, destination: Destination | None) -> Iterator[None]:
+        if destination is None:
+            yield
+            return
+        outbox = self.work.path / "outbox"
+        shutil.rmtree(outbox, ignore_errors=True)  # what a killed run left would keep its shards on the disk
+        self.early = destination.send_early(outbox, self.github.info)
+        with self.early or nullcontext():
+            yield
+
     def _nothing_to_do(self, release: Release) -> None:
         if release.status is Status.NOT_VERIFIED and not self.inputs.allow_not_verified:
             raise PublishError(
@@ -259,7 +280,9 @@ class Story:
                 fix="Choose a new tag once the merge can be verified, or set `allow-not-verified: true`.",
             )
         self.record.release = release
-        self.github.info(f"{release.repo_id} has the tag {release.tag} already, on {release.commit}: nothing to do.")
+        self.github.info(
+            f"{release.url} is there already{f', on {release.commit}' if release.commit else ''}: nothing to do."
+        )
 
     def _relay(self, line: str) -> None:
         self.github.info(f"[worker] {line}")
@@ -271,23 +294,3 @@ class Story:
         with self.record.timed(name):
             yield
         self.stops.end_phase()
-
-
-def progress_line(event: Progress, elapsed_s: float) -> str:
-    """Return one line with how far the phase is, its rate and when it will be done."""
-    part = event.done / event.total if event.total else 1.0
-    left_s = elapsed_s * (1 - part) / part if part else 0.0
-    rate = "" if event.total <= 1 else f", {event.done / max(elapsed_s, 1e-9) / 1e6:.0f} MB/s"
-    return f"{event.phase}: {100 * part:.0f} %{rate}, about {left_s:.0f} s left ({event.doing})"
-
-
-def plan_lines(plan: PlanSummary) -> list[str]:
-    """Return the plan as a few lines for people."""
-    lines = [
-        f"Plan: {plan.peft_type} on {plan.modules} modules, output dtype {plan.output_dtype}.",
-        f"  tensors: {plan.tensors_merged} merged ({plan.tensors_added} of them added), "
-        f"{plan.tensors_copied} copied, {plan.tensors_cast} cast",
-        f"  reads {plan.read_bytes / 1e6:.1f} MB, writes {plan.write_bytes / 1e6:.1f} MB, "
-        f"needs {plan.disk_bytes / 1e6:.1f} MB of disk and {plan.peak_memory_bytes / 1e6:.0f} MB of memory to merge",
-    ]
-    return [*lines, *(f"  note: {note}" for note in plan.notes)]

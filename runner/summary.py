@@ -46,6 +46,10 @@ class Published(Protocol):
         """Page of the revision."""
 
     @property
+    def pull_request(self) -> str | None:
+        """Page of the pull request that it is; None for a tagged release."""
+
+    @property
     def created(self) -> bool:
         """False where the tag was there already and nothing was written."""
 
@@ -92,7 +96,14 @@ def problems_section(problems: Sequence[Problem]) -> str:
 
 def release_section(release: Published) -> str:
     """Return where the release is, and how to load it."""
+    if release.pull_request is not None:
+        state = "Proposed" if release.created else "Proposed already, nothing was changed"
+        place = _link(f"a pull request on {code(release.repo_id)}", release.pull_request)
+        return f"{state}: {place}, commit {code(release.commit)}. The next run after it is merged tags it."
     state = "Published" if release.created else "Already published, nothing was changed"
+    if not release.commit:
+        load = f"AutoModelForCausalLM.from_pretrained({release.url!r})"
+        return f"{state}: tag {code(release.tag)}, in the folder {code(release.url)}\n\n{block(load)}"
     place = _link(f"{code(release.repo_id)} at tag {code(release.tag)}", release.url)
     load = f'AutoModelForCausalLM.from_pretrained("{release.repo_id}", revision="{release.tag}")'
     return f"{state}: {place}, commit {code(release.commit)}\n\n{block(load)}"
@@ -169,7 +180,8 @@ def pictures_section(pictures: Sequence[Picture], release: Published | None, *, 
     for picture in pictures:
         shown = f"![{escape(picture.title)}]({picture.name}.png)\n\n" if inline else ""
         lines.append(f"{shown}{escape(picture.text)}")
-    where = _link("Pictures in the release", f"{release.url}/{REPORT_FOLDER}") if release else ""
+    is_linked = release is not None and release.commit and not release.pull_request
+    where = _link("Pictures in the release", f"{release.url}/{REPORT_FOLDER}") if release and is_linked else ""
     told = where or ("" if inline else "The pictures lie in `report-dir`.")
     body = "\n\n".join([told, *lines] if told else lines)
     return f"### Pictures\n\n{body}" if inline else details("Pictures", body)

@@ -109,7 +109,7 @@ def _run(environ: Mapping[str, str], argv: Sequence[str], github: GitHub, record
     temporary = Path(environ.get("RUNNER_TEMP") or tempfile.gettempdir())
     try:
         with work_folder(inputs.work_dir, temporary, github.info) as work:
-            os.environ.setdefault("HF_HOME", str(work.path / "hf"))  # huggingface_hub reads it when it is imported
+            os.environ.update(library_settings(inputs, work.path, os.environ))  # read when huggingface_hub is imported
             github.save_state({"container": next(iter(own_ids()), ""), "work": str(work.path)})
             Story(inputs=inputs, environ=environ, github=github, record=record, work=work, stops=stops).run()
     finally:
@@ -135,6 +135,16 @@ def _start_again(environ: Mapping[str, str], inputs: Inputs, github: GitHub) -> 
             "socket and `executor: auto`, or `docker run -v`.",
         )
     return None
+
+
+def library_settings(inputs: Inputs, work: Path, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that huggingface_hub is to find: its address, and where it keeps what it knows."""
+    settings = {"HF_HOME": environ.get("HF_HOME") or str(work / "hf")}
+    if inputs.placement.endpoint is not None:
+        settings["HF_ENDPOINT"] = inputs.placement.endpoint
+    if inputs.cache_dir is not None:  # what was sent over Xet, so that a rerun need not send it again
+        settings["HF_XET_CACHE"] = environ.get("HF_XET_CACHE") or str(inputs.cache_dir / "xet")
+    return settings
 
 
 def _tell(github: GitHub, record: Record, code: int) -> int:

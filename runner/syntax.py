@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 MAX_REPO_ID_CHARS = 96
 MAX_REVISION_CHARS = 200
@@ -104,3 +107,27 @@ def tag_problem(tag: str) -> str | None:
     if _LOOKS_LIKE_COMMIT.fullmatch(tag):
         return "it reads as a commit id, so nobody could tell what it names"
     return None
+
+
+def endpoint_problem(address: str) -> str | None:
+    """Return why `address` cannot be the address of a Hub, or None.
+
+    Without encryption only this machine may be named: the token goes along with every request.
+    """
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname or "", parts.port
+    except ValueError as error:
+        return f"it is no URL ({error})"
+    del port
+    with suppress(ValueError):
+        host = "localhost" if ip_address(host).is_loopback else host
+    rules = (
+        (parts.scheme not in ("https", "http"), "it must start with `https://`"),
+        (not host, "it names no machine"),
+        (parts.username is not None or parts.password is not None, "it holds a user or a password; tokens are inputs"),
+        (bool(parts.query or parts.fragment), "it must end before `?` and `#`"),
+        (parts.scheme == "http" and host != "localhost", "without `https` the token could be read on the way"),
+        (any(character.isspace() for character in address), "it holds a space"),
+    )
+    return next((reason for is_broken, reason in rules if is_broken), None)

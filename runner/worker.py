@@ -14,8 +14,10 @@ import sys
 import threading
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import TextIO
 
+from runner.checkpoint.digests import FileDigest
 from runner.combination import Several
 from runner.diagnosis import GpuFacts, diagnose, has_kernels
 from runner.errors import EXIT_CANCELLED, RunnerError, disk_full
@@ -29,6 +31,7 @@ from runner.events import (
     Planned,
     Progress,
     Ready,
+    ShardReady,
     Told,
     decode_job,
     encode,
@@ -91,17 +94,15 @@ def run(job: Job, emit: Emit, device: str = "cpu") -> None:
         rounding=job.rounding,
         only_plans=not job.merges,
     )
-    plan = prepared.plan
-    emit(Planned(summary=plan.summary))
+    emit(Planned(summary=prepared.plan.summary))
     if job.merges:
         from runner.merge import merge
 
         emit(PhaseStarted(phase="merge"))
-        total = sum(shard.size_bytes for shard in plan.shards)
-        on_progress = _throttled("merge", total, emit)
-        checkpoint = merge(prepared, into=job.merged, on_progress=on_progress, device=device)
+        on_progress = _throttled("merge", sum(shard.size_bytes for shard in prepared.plan.shards), emit)
+        checkpoint = merge(prepared, into=job.merged, on_progress=on_progress, on_shard=_shards(emit), device=device)
         emit(Merged(checkpoint=checkpoint, peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
-    del prepared, plan  # the judge starts from the folders alone
+    del prepared  # the judge starts from the folders alone
     if job.verifies:
         from runner.verify.judge import judge
 
@@ -123,6 +124,10 @@ def run(job: Job, emit: Emit, device: str = "cpu") -> None:
             on_progress=lambda doing, part: emit(Progress(phase="verify", done=part, total=1.0, doing=doing)),
         )
         emit(Judged(verdict=verdict))
+
+
+def _shards(emit: Emit) -> Callable[[Path, FileDigest], None]:
+    return lambda folder, file: emit(ShardReady(folder=folder, file=file))
 
 
 def _ready() -> tuple[Ready, GpuFacts]:

@@ -44,7 +44,9 @@ def render_schema() -> str:
     merged["properties"]["digest"] = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
     merged["required"] = [*(name for name in merged["required"] if name != "root"), "digest"]
     texts = {name: {"type": "string"} for name in ("repo_id", "tag", "commit", "url")}
-    release = _object({**texts, "created": {"type": "boolean", "description": "Whether this run wrote it."}})
+    created = {"type": "boolean", "description": "Whether this run wrote it."}
+    page = {"type": ["string", "null"], "description": "Of the pull request that it is; null for a tagged release."}
+    release = _object({**texts, "created": created, "pull_request": page})
     phase = _object({"name": {"type": "string"}, "wall_s": _of(float)})
     properties = {
         "schema_version": {"const": SCHEMA_VERSION},

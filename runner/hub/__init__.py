@@ -5,14 +5,21 @@ preflight of a publish. huggingface_hub is imported on first use, because the su
 """
 
 from runner.hub.client import MANIFEST, Hub, connect
-from runner.hub.preflight import BRANCH, Refs, Target
+from runner.hub.keyless import Keyless
+from runner.hub.login import Given, Login
+from runner.hub.preflight import BRANCH, Refs, Target, Wishes
 from runner.hub.snapshot import RemoteFile, Snapshot, Traffic, Tree, content_digest
 from runner.hub.transport import Patience, read_patience
+from runner.hub.writing import Made
 
 __all__ = [
     "BRANCH",
     "MANIFEST",
+    "Given",
     "Hub",
+    "Keyless",
+    "Login",
+    "Made",
     "Patience",
     "Refs",
     "RemoteFile",
@@ -20,6 +27,7 @@ __all__ = [
     "Target",
     "Traffic",
     "Tree",
+    "Wishes",
     "connect",
     "content_digest",
     "read_patience",

@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from runner.errors import HubError, RepoNotFound
-from runner.hub.preflight import BRANCH, Refs, Target, inspect
+from runner.errors import HubError
+from runner.hub.login import Given, Login
+from runner.hub.preflight import Refs, Target, Wishes, inspect
 from runner.hub.select import Kind
 from runner.hub.snapshot import Download, RemoteFile, Snapshot, Traffic, Tree
 from runner.hub.transport import DEFAULT_TIMEOUT_S, Caller, Patience, install_client
+from runner.hub.writing import Writing
 from runner.reference import RepoRef
 from runner.syntax import is_commit, parse_json
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-T = TypeVar("T")
-A = TypeVar("A")
+    from huggingface_hub import HfApi
 
 MANIFEST = "merge-manifest.json"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")  # some repositories hold a copy under other names
@@ -34,36 +33,44 @@ MAX_MANIFEST_BYTES = 16 << 20
 def connect(
     endpoint: str | None,
     *,
-    token: str | None,
+    token: str | None = None,
+    login: Login | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     patience: Patience | None = None,
 ) -> Hub:
-    """Return the Hub at `endpoint`, used with exactly this token; nothing is requested yet.
+    """Return the Hub at `endpoint`, used with exactly this token or login; nothing is requested yet.
 
     Args:
         endpoint: address without a path, or None for huggingface_hub's own (`HF_ENDPOINT`, else the public Hub).
         token: an access token, or None for no token at all: one that lies around on the machine is never used.
+        login: what gives tokens, instead of `token`.
         timeout_s: longest silence of the server in one request.
         patience: how long failing calls are repeated.
     """
     from huggingface_hub import HfApi
 
     install_client(timeout_s)
-    secrets = (token,) if token else ()
-    return Hub(HfApi(endpoint=endpoint, token=token or False), Caller(secrets=secrets, patience=patience or Patience()))
+    login = login or Given(token)
+    api = HfApi(endpoint=endpoint, token=token or False)
+    return Hub(api, Caller(login=login, patience=patience or Patience()), login)
 
 
-class Hub:
-    """One Hub with one token."""
+class Hub(Writing):
+    """One Hub with one login."""
 
-    def __init__(self, api: HfApi, caller: Caller) -> None:
-        """Take the client (it holds the token) and what repeats its calls; see `connect`."""
+    def __init__(self, api: HfApi, caller: Caller, login: Login) -> None:
+        """Take the client, what repeats its calls, and what gives their tokens; see `connect`."""
         self._api = api
         self._caller = caller
         self.traffic = Traffic()
+        self._login = login
 
     def __repr__(self) -> str:
         return f"Hub({self.endpoint!r})"
+
+    def take_new_token(self) -> None:
+        """Make the next request with a new token, where the login makes its own."""
+        self._login.forget()
 
     @property
     def endpoint(self) -> str:
@@ -85,7 +92,9 @@ class Hub:
         if revision is not None and is_commit(revision):
             return revision
         doing = f"find {ref.display}"
-        info = self._caller.read(doing, lambda: self._api.model_info(repo_id, revision=revision, token=self._api.token))
+        info = self._caller.read(
+            doing, lambda: self._api.model_info(repo_id, revision=revision, token=self._login.token())
+        )
         if not is_commit(str(info.sha)):
             raise _strange(doing, f"{info.sha!r} is not a commit")
         return str(info.sha)
@@ -143,18 +152,21 @@ class Hub:
         from huggingface_hub.hf_api import RepoFile
 
         def listing() -> dict[str, RemoteFile]:
-            entries = self._api.list_repo_tree(repo_id, recursive=True, revision=revision, token=self._api.token)
+            entries = self._api.list_repo_tree(repo_id, recursive=True, revision=revision, token=self._login.token())
             return {entry.path: _remote_file(entry) for entry in entries if isinstance(entry, RepoFile)}
 
         return self._caller.read(f"list the files of {repo_id}@{revision[:12]}", listing)
 
-    def refs(self, repo_id: str) -> Refs:
-        """Return the branches and tags of a repository."""
-        doing = f"read the refs of {repo_id}"
-        refs = self._caller.read(doing, lambda: self._api.list_repo_refs(repo_id, token=self._api.token))
+    def refs(self, repo_id: str, *, with_pulls: bool = False) -> Refs:
+        """Return the branches and tags of a repository, and on request its pull requests."""
+        refs = self._caller.read(
+            f"read the refs of {repo_id}",
+            lambda: self._api.list_repo_refs(repo_id, include_pull_requests=with_pulls, token=self._login.token()),
+        )
         return Refs(
             branches={ref.name: ref.target_commit for ref in refs.branches},
             tags={ref.name: ref.target_commit for ref in refs.tags},
+            pulls={ref.ref: ref.target_commit for ref in refs.pull_requests or ()},
         )
 
     def read_manifest(self, repo_id: str, revision: str, tree: Tree | None = None) -> dict[str, Any] | None:
@@ -171,7 +183,7 @@ class Hub:
         with tempfile.TemporaryDirectory() as folder:
 
             def fetch() -> bytes:
-                token = self._api.token
+                token = self._login.token()
                 path = self._api.hf_hub_download(repo_id, MANIFEST, revision=revision, token=token, local_dir=folder)
                 return Path(path).read_bytes()
 
@@ -182,83 +194,28 @@ class Hub:
             return None
         return manifest if isinstance(manifest, dict) else None
 
-    def inspect_target(self, repo_id: str, tag: str) -> Target:
-        """Return the state of the repository to publish to; nothing is written. See `runner.hub.preflight`."""
-        return inspect(self._api, self._caller, self, repo_id=repo_id, tag=tag)
-
-    def create_repo(self, repo_id: str, *, private: bool) -> None:
-        """Create the repository, or find that it is there already; then it can be read."""
-
-        def write() -> bool:
-            self._api.create_repo(repo_id, private=private, exist_ok=True, token=self._api.token)
-            return True
-
-        def landed(answer: bool | None) -> bool | None:
-            del answer
-            try:
-                self.refs(repo_id)
-            except RepoNotFound:
-                return None
-            return True
-
-        self._caller.settle(f"create {repo_id}", write, landed)
-
-    def preupload(self, repo_id: str, addition: CommitOperationAdd) -> None:
-        """Send the content of one large file; it stays invisible until a commit names it. Nothing for small files."""
-        self._caller.read(
-            f"upload {addition.path_in_repo} to {repo_id}",
-            lambda: self._api.preupload_lfs_files(
-                repo_id, [addition], token=self._api.token, revision=BRANCH, num_threads=1, free_memory=False
-            ),
-            attempts=3,  # the client repeats each request itself
+    def history(self, repo_id: str, revision: str) -> tuple[tuple[str, datetime], ...]:
+        """Return the commits of a revision with their times (the Hub's clock), newest first."""
+        found = self._caller.read(
+            f"read the history of {repo_id}@{revision}",
+            lambda: self._api.list_repo_commits(repo_id, revision=revision, token=self._login.token()),
         )
+        return tuple((commit.commit_id, commit.created_at) for commit in found)
 
-    def commit(
-        self,
-        repo_id: str,
-        operations: Sequence[Any],
-        *,
-        parent: str,
-        message: str,
-        description: str,
-        landed: Callable[[str | None], str | None],
-    ) -> str:
-        """Make one commit on the branch `main`, and return the commit that `landed` confirms; see `Caller.settle`."""
+    def open_pulls(self, repo_id: str) -> dict[str, str]:
+        """Return the open pull requests, the newest first: `refs/pr/N` → its page."""
 
-        def write() -> str:
-            info = self._api.create_commit(
-                repo_id,
-                operations,
-                commit_message=message,
-                commit_description=description,
-                token=self._api.token,
-                revision=BRANCH,
-                parent_commit=parent,
-                num_threads=1,
+        def listing() -> dict[str, str]:
+            found = self._api.get_repo_discussions(
+                repo_id, discussion_type="pull_request", discussion_status="open", token=self._login.token()
             )
-            return str(info.oid)
+            return {f"refs/pr/{pull.num}": pull.url for pull in found}
 
-        return self._caller.settle(f"commit to {repo_id}", write, landed)
+        return self._caller.read(f"list the pull requests of {repo_id}", listing)
 
-    def create_tag(
-        self, repo_id: str, tag: str, commit: str, *, message: str, landed: Callable[[bool | None], str | None]
-    ) -> str:
-        """Create the tag on `commit`, and return what `landed` confirms; see `Caller.settle`."""
-
-        def write() -> bool:
-            self._api.create_tag(repo_id, tag=tag, revision=commit, tag_message=message, token=self._api.token)
-            return True
-
-        return self._caller.settle(f"tag {repo_id} with {tag}", write, landed)
-
-    def delete_tag(self, repo_id: str, tag: str, *, landed: Callable[[bool | None], bool | None]) -> None:
-        """Delete the tag, until `landed` confirms it; see `Caller.settle`."""
-
-        def write() -> bool:
-            self._api.delete_tag(repo_id, tag=tag, token=self._api.token)
-            return True
-
-        self._caller.settle(f"delete the tag {tag} of {repo_id}", write, landed)
+    def inspect_target(self, repo_id: str, tag: str, wishes: Wishes | None = None) -> Target:
+        """Return the state of the repository to publish to; nothing is written. See `runner.hub.preflight`."""
+        return inspect(self._api, self._caller, self, self._login, repo_id=repo_id, tag=tag, wishes=wishes or Wishes())
 
 
 def _remote_file(entry: Any) -> RemoteFile:
@@ -270,5 +227,5 @@ def _strange(doing: str, reason: str) -> HubError:
     return HubError(
         f"Could not {doing}: {reason}.",
         why="The endpoint answers, but not like a Hub.",
-        fix="Check `HF_ENDPOINT`.",
+        fix="Check `hub-endpoint`.",
     )

@@ -1,4 +1,6 @@
-"""Whether a token may create a repository, judged from what `whoami` says. Pure: nothing is asked or written.
+"""Whether a token may create a repository, and whether it may do more than it must, judged from what `whoami` says.
+
+Pure: nothing is asked or written.
 
 The Hub has no question "may I create this?" without creating it, so an answer is "no" or "nothing speaks against it".
 """
@@ -9,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from runner.errors import AccessDenied
+from runner.hub.translate import clean
 
 WRITING_ORG_ROLES = frozenset({"admin", "write", "contributor"})
 
@@ -51,6 +54,39 @@ def refuse_creation(who: Mapping[str, Any], repo_id: str) -> None:
             why=f"It has no write permission on the whole namespace {owner}.",
             fix=f"Create the repository by hand and give the token write access to it, or to all of {owner}.",
         )
+
+
+def wider_than_needed(who: Mapping[str, Any], repo_id: str, *, exists: bool) -> tuple[str, ...]:
+    """Return what a token may do beyond writing to `repo_id`, one sentence; () where `whoami` says nothing of it.
+
+    A leaked token does what it may, not what it was made for.
+
+    Args:
+        who: the answer of `whoami-v2`.
+        repo_id: `owner/name`.
+        exists: whether the repository is there; if not, the right to write to its whole namespace is needed.
+    """
+    owner = repo_id.split("/", maxsplit=1)[0]
+    needed = f"{repo_id} alone" if exists else f"{owner} alone"
+    advice = f"A fine-grained token with write access to {needed} is enough."
+    role = _role(who)
+    if role in ("write", "admin"):
+        return (f"`hf-token` may write to everything that {clean(_name(who))} may write to. {advice}",)
+    grants = _access_token(who).get("fineGrained")
+    if role != "fineGrained" or not isinstance(grants, Mapping):
+        return ()
+    wider = [f"{right} everywhere" for right in sorted(_strings(grants.get("global"))) if right.endswith(".write")]
+    for scope in _dicts(grants.get("scoped")):
+        entity, rights = scope.get("entity"), sorted(_strings(scope.get("permissions")))
+        if not isinstance(entity, Mapping) or not any(right.endswith(".write") for right in rights):
+            continue
+        kind, name = entity.get("type"), entity.get("name")
+        if (kind, name) != ("model", repo_id) and (exists or kind not in ("user", "org") or name != owner):
+            wider.append(f"{', '.join(rights)} on {kind} {name}")
+    if not wider:
+        return ()
+    shown = "; ".join(wider[:3]) + (f" and {len(wider) - 3} more" if len(wider) > 3 else "")
+    return (f"`hf-token` may do more than this run needs: {clean(shown)}. {advice}",)
 
 
 def _may_write_namespace(who: Mapping[str, Any], owner: str) -> bool:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
-from runner.errors import HubUnavailable, InputError, Problem, PublishConflict, RunnerError
+from runner.errors import AccessDenied, HubUnavailable, InputError, Problem, PublishConflict, RunnerError
+from runner.hub.login import Login
 from runner.hub.translate import client_errors, pause_hint_s, translate
 
 T = TypeVar("T")
@@ -115,11 +116,11 @@ def install_client(timeout_s: float) -> None:
 
 
 class Caller:
-    """Makes calls of the client on behalf of one token."""
+    """Makes calls of the client on behalf of one login."""
 
-    def __init__(self, *, secrets: tuple[str, ...], patience: Patience) -> None:
-        """Take the texts that no error may show, and how long to try."""
-        self._secrets = secrets
+    def __init__(self, *, login: Login, patience: Patience) -> None:
+        """Take whose secrets no error may show, and how long to try."""
+        self._login = login
         self._patience = patience
 
     def read(self, doing: str, call: Callable[[], T], *, attempts: int | None = None) -> T:
@@ -140,8 +141,12 @@ class Caller:
             except client_errors() as error:
                 failure = self._translate(error, doing)
                 hint_s = pause_hint_s(error)
-            if not isinstance(failure, HubUnavailable) or not wait(hint_s):
+            if isinstance(failure, AccessDenied) and self._login.renew():
+                hint_s = 0.0  # with another token, at once
+            elif not isinstance(failure, HubUnavailable):
                 raise failure from None  # the client's own text may hold a signed URL
+            if not wait(hint_s):
+                raise failure from None
         raise AssertionError("the last wait is always refused")
 
     def settle(self, doing: str, write: Callable[[], A], landed: Callable[[A | None], T | None]) -> T:
@@ -167,7 +172,9 @@ class Caller:
                 except client_errors() as error:
                     failure = self._translate(error, doing)
                     hint_s = pause_hint_s(error)
-            if failure is not None and not isinstance(failure, (HubUnavailable, PublishConflict)):
+            if isinstance(failure, AccessDenied) and self._login.renew():
+                hint_s = 0.0  # with another token, at once; the write was refused, so it had no effect
+            elif failure is not None and not isinstance(failure, (HubUnavailable, PublishConflict)):
                 raise failure
             found = landed(answer)
             if found is not None:
@@ -177,7 +184,7 @@ class Caller:
         raise AssertionError("the last wait is always refused")
 
     def _translate(self, error: BaseException, doing: str) -> RunnerError:
-        return translate(error, doing=doing, secrets=self._secrets)
+        return translate(error, doing=doing, secrets=self._login.secrets)
 
     def _waits(self, attempts: int) -> Iterator[Callable[[float | None], bool]]:
         patience = self._patience

@@ -1,6 +1,24 @@
-"""From a judged folder to a tagged revision: `find_existing` before any work, `publish` after the verdict."""
+"""From a judged folder to a tagged revision, on a Hub or in a folder.
 
-from runner.publish.existing import OnExistingTag, Release, find_existing
-from runner.publish.job import publish
+A `Destination` is looked at and searched before any work, and published to after the verdict.
+"""
 
-__all__ = ["OnExistingTag", "Release", "find_existing", "publish"]
+from runner.publish.destination import Destination, FolderDestination, HubDestination, ToPublish
+from runner.publish.early import EarlyUpload
+from runner.publish.existing import Release, find_existing
+from runner.publish.job import finish, publish
+from runner.publish.wanted import OnExistingTag, Wanted
+
+__all__ = [
+    "Destination",
+    "EarlyUpload",
+    "FolderDestination",
+    "HubDestination",
+    "ToPublish",
+    "OnExistingTag",
+    "Release",
+    "Wanted",
+    "find_existing",
+    "finish",
+    "publish",
+]

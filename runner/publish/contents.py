@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.archive import Archived
 from runner.checkpoint.digests import FileDigest, digest_of
 from runner.companions import WEIGHT_SUFFIXES
 from runner.errors import PublishError
@@ -117,8 +118,15 @@ class Contents:
         )
 
 
-def gather(folder: Path, files: Iterable[FileDigest], *, documents: Mapping[str, bytes], input_digest: str) -> Contents:
-    """Return the release that consists of a merged folder and the documents that go with it.
+def gather(
+    folder: Path,
+    files: Iterable[FileDigest],
+    *,
+    documents: Mapping[str, bytes],
+    input_digest: str,
+    archived: Iterable[Archived] = (),
+) -> Contents:
+    """Return the release that consists of a merged folder, the documents that go with it, and archived adapters.
 
     Raises:
         PublishError: a file is missing, or its size is not what it was when it was judged.
@@ -130,6 +138,8 @@ def gather(folder: Path, files: Iterable[FileDigest], *, documents: Mapping[str,
         if not source.is_file() or source.stat().st_size != file.size_bytes:
             raise changed(file.path)
         by_path[file.path] = Content(file=file, source=source)
+    for kept in archived:
+        by_path[kept.file.path] = Content(file=kept.file, source=kept.source)
     for path, content in documents.items():
         digest = hashlib.sha256(content).hexdigest()
         by_path[path] = Content(file=FileDigest(path=path, size_bytes=len(content), sha256=digest), source=content)
@@ -160,9 +170,9 @@ def contradiction(manifest: Mapping[str, Any], tree: Tree) -> str | None:
 
 def listed(manifest: Mapping[str, Any] | None) -> dict[str, tuple[int, str]]:
     """Return path → (size, sha256) of a manifest that anybody may have written; entries of other forms are left out."""
-    files = manifest.get("files") if manifest is not None else None
+    lists = [manifest.get(name) for name in ("files", "archive")] if manifest is not None else []
     found: dict[str, tuple[int, str]] = {}
-    for entry in files if isinstance(files, list) else []:
+    for entry in (entry for entries in lists if isinstance(entries, list) for entry in entries):
         if isinstance(entry, Mapping):
             path, size_bytes, sha256 = entry.get("path"), entry.get("size_bytes"), entry.get("sha256")
             if isinstance(path, str) and isinstance(size_bytes, int) and isinstance(sha256, str):

@@ -109,6 +109,7 @@ def test_outputs_of_a_release() -> None:
         "merged-digest": MERGED.digest,
         "base-revision": "b" * 40,
         "adapter-digest": "d" * 64,
+        "pull-request-url": "",
         "report-path": "lora-merge-report/report.json",
         "checksums-path": "",
         "retention": "0.9986",

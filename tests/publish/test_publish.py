@@ -188,7 +188,7 @@ def test_refuses_without_a_passed_verdict(world: World, status: Status) -> None:
 
 
 def test_refuses_a_file_that_shrank_after_it_was_judged(world: World) -> None:
-    from runner.publish import publish
+    from runner.publish import Wanted, publish
 
     hub = world.connect()
     from runner.checkpoint.digests import digest_folder
@@ -202,7 +202,7 @@ def test_refuses_a_file_that_shrank_after_it_was_judged(world: World) -> None:
             folder=world.folder,
             files=files,
             documents={"README.md": CARD, "merge-manifest.json": b"{}"},
-            tag="v1",
+            wanted=Wanted(tag="v1"),
             verdict=verdict(),
             input_digest="0" * 64,
         )
@@ -211,7 +211,7 @@ def test_refuses_a_file_that_shrank_after_it_was_judged(world: World) -> None:
 
 def test_a_file_changed_in_place_after_it_was_judged_is_never_tagged(world: World) -> None:
     from runner.checkpoint.digests import digest_folder
-    from runner.publish import publish
+    from runner.publish import Wanted, publish
 
     hub = world.connect()
     files = digest_folder(world.folder)
@@ -223,7 +223,7 @@ def test_a_file_changed_in_place_after_it_was_judged_is_never_tagged(world: Worl
             folder=world.folder,
             files=files,
             documents={"README.md": CARD, "merge-manifest.json": b"{}"},
-            tag="v1",
+            wanted=Wanted(tag="v1"),
             verdict=verdict(),
             input_digest="0" * 64,
         )

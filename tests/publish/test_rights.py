@@ -94,3 +94,17 @@ def test_whoami_is_asked_at_most_three_times(world: World) -> None:
     with pytest.raises(HubUnavailable):
         world.publish()
     assert world.sent("GET", "/api/whoami-v2") == 3
+
+
+@pytest.mark.parametrize(
+    "scoped, notes",
+    [([("model", REPO, ["repo.write", "repo.content.read"])], 0), ([("user", "alice", ["repo.write"])], 1)],
+)
+def test_the_preflight_tells_a_token_that_may_do_more(
+    world: World, scoped: list[tuple[str, str, list[str]]], notes: int
+) -> None:
+    world.connect().create_repo(REPO, private=False)
+    token = world.hub.add_token("alice", role="fineGrained", scoped=scoped)
+    target = replace(world, token=token).connect().inspect_target(REPO, "v1")
+    assert len(target.notes) == notes
+    assert len(world.connect().inspect_target(REPO, "v1").notes) == 1  # a classic token

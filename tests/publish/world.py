@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from runner import provenance
 from runner.checkpoint.digests import digest_folder
 from runner.hub import Hub, Patience, connect
 from runner.provenance import MergeFacts, Origin, manifest
-from runner.publish import OnExistingTag, Release, find_existing, publish
+from runner.publish import OnExistingTag, Release, Wanted, find_existing, finish, publish
 from runner.verify.verdict import Check, Layer, Outcome, Status, Verdict
 from tests.hub.server import LocalHub
 
@@ -91,9 +91,13 @@ class World:
     ) -> Release:
         """Do what the supervisor does: preflight, look for the release, (`before`), publish."""
         hub = self.connect()
-        target = hub.inspect_target(repo_id, tag)
-        found = find_existing(hub, target, tag, self.origin.input_digest(), on_existing_tag=on_existing_tag)
+        names = {field.name for field in fields(Wanted)}
+        wishes = {name: more.pop(name) for name in names & more.keys()}
+        wanted = Wanted(tag=tag, on_existing_tag=on_existing_tag, **wishes)
+        target = hub.inspect_target(repo_id, tag, wanted.wishes)
+        found = find_existing(hub, target, wanted, self.origin.input_digest())
         if found is not None:
+            finish(hub, found, wanted, more.get("log", print))
             return found
         if before is not None:
             before()
@@ -106,13 +110,19 @@ class World:
             files=files,
             documents={
                 provenance.CARD: card,
-                provenance.MANIFEST: manifest(self.origin, FACTS, judged, files, signed_by=signed_by),
+                provenance.MANIFEST: manifest(
+                    self.origin,
+                    FACTS,
+                    judged,
+                    files,
+                    signed_by=signed_by,
+                    archived=[kept.file for kept in more.get("archived", ())],
+                ),
                 **(pictures or {}),
             },
-            tag=tag,
+            wanted=wanted,
             verdict=judged,
             input_digest=self.origin.input_digest(),
-            on_existing_tag=on_existing_tag,
             **more,
         )
 

@@ -22,7 +22,7 @@ from runner.errors import (
     RepoNotFound,
     RunnerError,
 )
-from runner.hub import Patience, read_patience, select
+from runner.hub import Given, Patience, read_patience, select
 from runner.hub.rights import refuse_creation
 from runner.hub.translate import clean, client_errors, pause_hint_s, translate
 from runner.hub.transport import Caller
@@ -163,7 +163,7 @@ def test_a_call_is_not_repeated_when_the_answer_is_a_refusal() -> None:
         raise http_error(403)
 
     with pytest.raises(AccessDenied):
-        Caller(secrets=(), patience=Patience(first_wait_s=0.0)).read("do it", call)
+        Caller(login=Given(None), patience=Patience(first_wait_s=0.0)).read("do it", call)
     assert len(calls) == 1
 
 
@@ -172,7 +172,7 @@ def test_an_error_of_our_own_passes_untouched() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        Caller(secrets=(), patience=Patience()).read("do it", call)
+        Caller(login=Given(None), patience=Patience()).read("do it", call)
 
 
 def test_a_write_that_was_accepted_is_not_repeated_while_the_hub_does_not_show_it_yet() -> None:
@@ -183,13 +183,13 @@ def test_a_write_that_was_accepted_is_not_repeated_while_the_hub_does_not_show_i
         writes.append(1)
         return "ok"
 
-    caller = Caller(secrets=(), patience=Patience(first_wait_s=0.0))
+    caller = Caller(login=Given(None), patience=Patience(first_wait_s=0.0))
     assert caller.settle("do it", write, lambda answer: next(reads)) == "there"
     assert len(writes) == 1
 
 
 def test_a_write_that_is_never_shown_ends_in_an_error() -> None:
-    caller = Caller(secrets=(), patience=Patience(attempts=3, first_wait_s=0.0))
+    caller = Caller(login=Given(None), patience=Patience(attempts=3, first_wait_s=0.0))
     with pytest.raises(HubUnavailable, match="does not show it"):
         caller.settle("do it", lambda: "ok", lambda answer: None)
 
