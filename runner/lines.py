@@ -21,6 +21,7 @@ def plan_lines(plan: PlanSummary) -> list[str]:
         f"  tensors: {plan.tensors_merged} merged ({plan.tensors_added} of them added), "
         f"{plan.tensors_copied} copied, {plan.tensors_cast} cast",
         f"  reads {plan.read_bytes / 1e6:.1f} MB, writes {plan.write_bytes / 1e6:.1f} MB, "
-        f"needs {plan.disk_bytes / 1e6:.1f} MB of disk and {plan.peak_memory_bytes / 1e6:.0f} MB of memory to merge",
+        f"needs {plan.disk_bytes / 1e6:.1f} MB of disk and {plan.peak_memory_bytes / 1e6:.0f} MB of memory to merge, "
+        f"{plan.judge_memory_bytes / 1e6:.0f} MB to verify",
     ]
     return [*lines, *(f"  note: {note}" for note in plan.notes)]

@@ -82,6 +82,7 @@ class Changes:
         modules: how many modules of the model the adapter changes.
         unit_bytes: bytes that the largest unit takes in memory while it is merged.
         adapter_bytes: bytes that the adapter takes in memory.
+        judge_bytes: anonymous memory of a judgement of the merge, runtime included.
         notes: what the user should know, one sentence each.
     """
 
@@ -92,6 +93,7 @@ class Changes:
     modules: int = 0
     unit_bytes: int = 0
     adapter_bytes: int = 0
+    judge_bytes: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -151,6 +153,7 @@ class PlanSummary:
         write_bytes: of the output's weights.
         disk_bytes: free space that the work folder needs.
         peak_memory_bytes: anonymous memory of the merge, runtime included; an estimate from above.
+        judge_memory_bytes: the same of the judgement; a GPU holds most of it where one is used.
         notes: what the user should know.
     """
 
@@ -165,6 +168,7 @@ class PlanSummary:
     write_bytes: int
     disk_bytes: int
     peak_memory_bytes: int
+    judge_memory_bytes: int
     notes: tuple[str, ...]
 
 
@@ -287,5 +291,6 @@ def _summary(
         write_bytes=write_bytes,
         disk_bytes=disk_bytes,
         peak_memory_bytes=RUNTIME_BYTES + changes.adapter_bytes + changes.unit_bytes,
+        judge_memory_bytes=changes.judge_bytes,
         notes=changes.notes,
     )

@@ -82,6 +82,7 @@ def prepare(
             changes,
             adapter_bytes=sum(adapter.data_bytes for adapter in validated),
             unit_bytes=changes.unit_bytes + 2 * 4 * elements,  # the adapters and their combination, both in float32
+            judge_bytes=changes.judge_bytes + 3 * 8 * elements,  # the judge combines in float64
             notes=(*changes.notes, *_notes(adapters, combination)),
         )
     companions = find_companions(base, adapters[0], edits)

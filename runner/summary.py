@@ -227,7 +227,8 @@ def plan_section(plan: PlanSummary) -> str:
         ("To read", size(plan.read_bytes)),
         ("To write", size(plan.write_bytes)),
         ("Disk needed", size(plan.disk_bytes)),
-        ("Peak memory, estimated from above", size(plan.peak_memory_bytes)),
+        ("Peak memory of the merge, estimated from above", size(plan.peak_memory_bytes)),
+        ("Peak memory of the judgement, estimated from above", size(plan.judge_memory_bytes)),
     ]
     notes = "".join(f"\n- {escape(note)}" for note in plan.notes[:_MOST_TOLD])
     notes += f"\n- … and {len(plan.notes) - _MOST_TOLD} more, in report.json" if len(plan.notes) > _MOST_TOLD else ""

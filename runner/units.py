@@ -25,6 +25,7 @@ from runner.checkpoint.reader import FLOATS
 from runner.checkpoint.view import main_dtype
 from runner.errors import AdapterMismatch, UnsupportedAdapter, UnsupportedCheckpoint
 from runner.experts import expert_bytes, stack_of, wrappers
+from runner.judge_memory import Part, judge_bytes
 from runner.plan import Added, Change, Changes
 
 # General path: base weights in fp32, the delta, its scaled copy, what the method keeps beside, and the result.
@@ -108,6 +109,7 @@ def find_changes(attached: Attached, units: Mapping[str, Unit]) -> Changes:
         modules=len(units) + len(loose),
         unit_bytes=max(sizes, default=0),
         adapter_bytes=_adapter_bytes(attached),
+        judge_bytes=_judge_bytes(attached, units),
         notes=tuple(notes),
     )
 
@@ -268,6 +270,28 @@ def _cluster_bytes(attached: Attached, units: Mapping[str, Unit], cluster: tuple
             whole = COPIES_IN_MEMORY * 4 * prod(attached.parameters[key].shape)
             total += whole if stack is None else expert_bytes(stack)
     return total
+
+
+def _judge_bytes(attached: Attached, units: Mapping[str, Unit]) -> int:
+    """Return the memory that a judgement of the merge takes."""
+    sizes = {key: tuple(tensor.shape) for key, tensor in attached.parameters.items() if key not in attached.ties}
+    config = attached.model.config.get_text_config()
+    head = attached.model.get_output_embeddings()
+    parts = [Part(keys=unit.keys, is_closed=is_plain(unit.module)) for unit in units.values()]
+    return judge_bytes(
+        sizes,
+        computed=attached.conversion.groups.keys(),
+        units=parts,
+        adapter_bytes=_adapter_bytes(attached),
+        vocabulary=int(getattr(config, "vocab_size", 0)) if head is not None else 0,
+        hidden=int(getattr(config, "hidden_size", 0)),
+        holds_base=not attached.is_lazy,
+    )
+
+
+def is_plain(module: Any) -> bool:
+    """Return whether a unit is LoRA without variants on one module, so that its change is a product of two factors."""
+    return isinstance(module, LoraLayer) and not getattr(module, "lora_variant", None)
 
 
 def _adapter_bytes(attached: Attached) -> int:

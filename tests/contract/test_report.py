@@ -30,6 +30,7 @@ PLAN = PlanSummary(
     write_bytes=269_060_552,
     disk_bytes=300_000_000,
     peak_memory_bytes=900_000_000,
+    judge_memory_bytes=1_700_000_000,
     notes=(HOSTILE,),
 )
 MERGED = MergedCheckpoint(
