@@ -18,13 +18,13 @@ from runner.rounding import Rounding
 from runner.verify.blueprint import Blueprint, check_heads, read_blueprint
 from runner.verify.classes import read_task
 from runner.verify.combined import as_one
-from runner.verify.models import Unmerged, load_base, load_unmerged
 from runner.verify.modules import LIMIT, Probe, probe_modules
 from runner.verify.recipe import Recipe, read_recipe
 from runner.verify.shapes import resized_rows
 from runner.verify.sources import Sources
 from runner.verify.structure import Form, Wanted
 from runner.verify.targets import Target, Targets, find_targets
+from runner.verify.unmerged import Unmerged, load_base, load_unmerged
 from runner.verify.verdict import Check, Layer, Outcome
 
 Progress = Callable[[str, float], None]

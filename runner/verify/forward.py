@@ -7,12 +7,12 @@ nothing but the body's hidden states. Two models of one class are compared on th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from runner.verify.models import quiet
 from runner.verify.prompts import TokenSequence
 from runner.verify.quality import relative
 
@@ -36,12 +36,12 @@ def has_decoder(model: Any) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False)) and "decoder_input_ids" in takes
 
 
-def outputs_of(model: Any, sequence: TokenSequence) -> torch.Tensor:
+def outputs_of(model: Any, sequence: TokenSequence, device: str) -> torch.Tensor:
     """Return what the model computes for one sequence: float32 on the CPU, shape (rows, width).
 
     Rows are positions where the model has an output for each, or one row for a label of the whole sequence.
     """
-    ids = sequence.ids[None].to(next(model.parameters()).device)
+    ids = sequence.ids[None].to(device)
     inputs: dict[str, Any] = {}
     if has_decoder(model):
         # Heads over the whole text sit on its end mark, which a random sequence need not have.
@@ -54,34 +54,52 @@ def outputs_of(model: Any, sequence: TokenSequence) -> torch.Tensor:
     takes = inspect.signature(model.forward).parameters
     if "use_cache" in takes:
         inputs["use_cache"] = False
-    with torch.no_grad(), quiet():
-        output = model(**inputs)
+    output = model(**inputs)
     found = [output[name] for name in _OUTPUTS if isinstance(output.get(name), torch.Tensor)]
     return torch.cat([_rows(tensor) for tensor in found]).float().cpu()
 
 
-def error_of(wanted: Sequence[torch.Tensor], found: torch.Tensor, number: int, *, is_language: bool) -> float:
-    """Return how far one sequence's outputs are from the wanted ones, relative to the size of these.
+@dataclass(slots=True, kw_only=True)
+class Errors:
+    """How far one model's outputs are from a reference's, relative to the size of these, by sequence.
 
     Logits over a vocabulary are compared per sequence, centred (`runner.verify.quality.relative`). Other outputs are
     compared as they are, relative to the root mean square over all sequences: one label may be near zero by chance.
 
-    Args:
-        wanted: outputs of the reference, by sequence.
-        found: outputs of the other model on sequence `number`.
-        number: which sequence.
+    Attributes:
         is_language: whether the outputs are logits over a vocabulary.
     """
-    reference = wanted[number]
-    if found.shape != reference.shape:
-        return float("inf")
-    if is_language:
-        return relative(reference, found)
-    off = float((found.double() - reference.double()).square().mean().sqrt())
-    size = float(torch.cat([entry.double().flatten() for entry in wanted]).square().mean().sqrt())
-    if off == 0.0:
-        return 0.0
-    return off / size if size > 0 else float("inf")
+
+    is_language: bool
+    _off: list[tuple[float, str]] = field(default_factory=list)
+    _squares: float = 0.0
+    _count: int = 0
+
+    def add(self, wanted: torch.Tensor, found: torch.Tensor, label: str) -> None:
+        """Count one sequence: outputs of the reference and of the other model."""
+        if found.shape != wanted.shape:
+            self._off.append((math.inf, label))
+        elif self.is_language:
+            self._off.append((relative(wanted, found), label))
+        else:
+            self._off.append((float((found.double() - wanted.double()).square().mean().sqrt()), label))
+            self._squares += float(wanted.double().square().sum())
+            self._count += wanted.numel()
+
+    def worst(self) -> tuple[float, str]:
+        """Return the largest relative error, and its sequence's label; a NaN is the worst there is."""
+        worst, where = 0.0, ""
+        for off, label in self._off:
+            error = self._relative(off)
+            if not math.isnan(worst) and not error <= worst:
+                worst, where = error, label
+        return worst, where
+
+    def _relative(self, off: float) -> float:
+        if self.is_language or off == 0.0 or not math.isfinite(off):
+            return off
+        size = (self._squares / self._count) ** 0.5
+        return off / size if size > 0 else math.inf
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -115,6 +115,10 @@ class Fused:
         """Return the group's parameters by key, made of its stored tensors by name."""
         return self._conversion.join(group, values)
 
+    def split(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return stored tensors by name, made of the parameters of whole groups by key."""
+        return self._conversion.split(values)
+
     def _convert(self, group: Group, exact: Callable[[str], Exact]) -> dict[str, ExactConverted]:
         made = {key: exact(key) for key in group.targets}
         whole = self._conversion.split(

@@ -20,6 +20,7 @@ from runner.limits import Evaluation, Limits
 from runner.rounding import Rounding
 from runner.verify.alternatives import advice
 from runner.verify.case import Case, Progress, open_case, skipped
+from runner.verify.continuations import NEW_TOKENS
 from runner.verify.diagnosis.files import read_unreadable
 from runner.verify.diagnosis.report import diagnose
 from runner.verify.elements import RightBlocks
@@ -27,7 +28,7 @@ from runner.verify.extras import measure_extras
 from runner.verify.figures import Alternative
 from runner.verify.gates import loosen, quality_checks
 from runner.verify.modules import Probe
-from runner.verify.outputs import NEW_TOKENS, judge_outputs
+from runner.verify.outputs import judge_outputs
 from runner.verify.prompts import make_questions
 from runner.verify.storage import Storage, compare_storage, judge_storage
 from runner.verify.structure import judge_structure

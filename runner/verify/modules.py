@@ -25,9 +25,11 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from runner.verify.exact import Exact
-from runner.verify.models import LOAD_ERRORS, Unmerged, bare, first_line, is_transposed, merged_copy
+from runner.verify.fused import ExactValue
+from runner.verify.models import LOAD_ERRORS, bare, first_line, is_transposed, merged_copy
 from runner.verify.sources import Sources
-from runner.verify.tensors import row_count
+from runner.verify.tensors import row_blocks, row_count
+from runner.verify.unmerged import Unmerged
 from runner.verify.wrapped import probe_parameters
 
 LIMIT = 1e-6
@@ -58,10 +60,11 @@ def probe_modules(unmerged: Unmerged, sources: Sources, seed: int) -> Iterator[P
     for number, (path, unit) in enumerate(unmerged.units.items()):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         try:
-            with torch.no_grad():
-                yield _probe(path, unit, sources, generator, floor)
+            with torch.no_grad(), unmerged.in_memory(path):
+                probe = _probe(path, unit, sources, generator, floor)
         except LOAD_ERRORS as error:
-            yield Probe(module=path, error=None, detail=f"PEFT's layer does not run in float64: {first_line(error)}")
+            probe = Probe(module=path, error=None, detail=f"PEFT's layer does not run in float64: {first_line(error)}")
+        yield probe
 
 
 def _probe(path: str, unit: nn.Module, sources: Sources, generator: torch.Generator, floor: float) -> Probe:
@@ -71,12 +74,13 @@ def _probe(path: str, unit: nn.Module, sources: Sources, generator: torch.Genera
         error, key = probe_parameters(path, unit, sources.matrix, generator)
         return Probe(module=path, error=error, detail=f"The parameter is {key}." if key else "")
     base = bare(unit)
-    exact = _exact_module(path, unit, base, sources)
+    exact = _ExactModule(path, unit, base, sources)
     inputs = _inputs(base, exact, generator)
     if inputs is None:
         return Probe(module=path, error=None, detail=f"no probe for a module of class {type(base).__name__}")
+    made = exact.forward(inputs)
     twin = copy.deepcopy(unit).double().eval()
-    wanted, plain, made = twin(inputs), bare(twin)(inputs), exact(inputs)
+    wanted, plain = twin(inputs), bare(twin)(inputs)
     effect = max(float((wanted - plain).norm()), floor * float(plain.norm()))
     distance = float((made - wanted).norm())
     if distance == 0.0:
@@ -84,24 +88,73 @@ def _probe(path: str, unit: nn.Module, sources: Sources, generator: torch.Genera
     return Probe(module=path, error=distance / effect if effect > 0 else float("inf"))
 
 
-def _exact_module(path: str, unit: nn.Module, base: nn.Module, sources: Sources) -> nn.Module:
-    """Return a float64 module of the base's class with E in place of W."""
-    if path in sources.by_peft:
-        return merged_copy(unit, torch.float64).eval()
-    module = copy.deepcopy(base).double().eval()
-    for name, parameter in module.named_parameters():
-        if f"{path}.{name}" in sources.keys:
-            parameter.data = _whole(sources.exact(f"{path}.{name}"))
-    return module
+class _ExactModule:
+    """The base's module with E in place of W, in float64; matrices and tables by blocks, the others whole."""
+
+    def __init__(self, path: str, unit: nn.Module, base: nn.Module, sources: Sources):
+        """Take the unit's path, PEFT's unit, the base's module inside it, and E."""
+        self._path = path
+        self._base = base
+        self._sources = sources
+        self._merged = merged_copy(unit, torch.float64).eval() if path in sources.by_peft else None
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return what the module makes of its inputs, float64."""
+        if self._merged is not None:
+            made: torch.Tensor = self._merged(inputs)
+            return made
+        if type(self._base) is nn.Embedding and self._base.max_norm is None:
+            return self._look_up(inputs)
+        if type(self._base) is nn.Linear or is_transposed(self._base):
+            return self._multiply(inputs)
+        module = copy.deepcopy(self._base).double().eval()
+        for name, parameter in module.named_parameters():
+            parameter.data = _whole(self._of(name))
+        outputs: torch.Tensor = module(inputs)
+        return outputs
+
+    def change(self) -> torch.Tensor:
+        """Return Σ (E − W)² of every row of a table."""
+        table = self._base.get_parameter("weight")
+        if self._merged is not None:
+            return (self._merged.get_parameter("weight") - table.double()).square().sum(dim=1)
+        exact = self._of("weight")
+        blocks = ((exact.rows(*block), table[slice(*block)].double()) for block in row_blocks(exact.shape))
+        return torch.cat([(rows - before).square().sum(dim=1) for rows, before in blocks])
+
+    def _of(self, name: str) -> Exact:
+        key = f"{self._path}.{name}"
+        if key in self._sources.keys:
+            return self._sources.exact(key)
+        return ExactValue(self._base.get_parameter(name).detach())
+
+    def _multiply(self, inputs: torch.Tensor) -> torch.Tensor:
+        weight = self._of("weight")
+        is_flipped = is_transposed(self._base)
+        made = inputs.new_zeros(len(inputs), weight.shape[1 if is_flipped else 0])
+        for start, stop in row_blocks(weight.shape):
+            rows = weight.rows(start, stop)
+            if is_flipped:
+                made += inputs[:, start:stop] @ rows
+            else:
+                made[:, start:stop] = inputs @ rows.T
+        return made if self._base.bias is None else made + _whole(self._of("bias"))
+
+    def _look_up(self, inputs: torch.Tensor) -> torch.Tensor:
+        weight = self._of("weight")
+        made = torch.empty(len(inputs), weight.shape[1], dtype=torch.float64)
+        for start, stop in row_blocks(weight.shape):
+            inside = (inputs >= start) & (inputs < stop)
+            if bool(inside.any()):
+                made[inside] = weight.rows(start, stop)[inputs[inside] - start]
+        return made
 
 
-def _inputs(base: nn.Module, exact: nn.Module, generator: torch.Generator) -> torch.Tensor | None:
+def _inputs(base: nn.Module, exact: _ExactModule, generator: torch.Generator) -> torch.Tensor | None:
     """Return what to feed the module: ±1 vectors, or row numbers; None for a class that takes something else."""
     if isinstance(base, nn.Embedding):
-        table, merged = base.weight, exact.get_parameter("weight")
-        change = (merged - table.double()).square().sum(dim=1)
-        rows = row_count(tuple(table.shape))
-        strongest = change.topk(min(rows, MAX_ROWS)).indices
+        rows = row_count(tuple(base.weight.shape))
+        strongest = exact.change().topk(min(rows, MAX_ROWS)).indices
         return torch.cat([strongest, torch.randint(rows, (min(rows, MAX_ROWS),), generator=generator)])
     weight = getattr(base, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.ndim not in (1, 2) or not weight.is_floating_point():

@@ -47,9 +47,10 @@ def run_native(*, base: Path, adapter: Path, merged: Path, dtype: str, device: s
     if reason:
         return Native(dtype=_NAMES.get(dtype, dtype), device=device, reason=reason)
     try:
-        ours = _divergence(_load(merged, dtype, device), gold)
+        ours = _divergence(_load(merged, dtype, device), gold, device)
         with quiet():
-            theirs = _divergence(PeftModel.from_pretrained(_load(base, dtype, device), str(adapter)).eval(), gold)
+            unmerged = PeftModel.from_pretrained(_load(base, dtype, device), str(adapter)).eval()
+            theirs = _divergence(unmerged, gold, device)
     except LOAD_ERRORS as error:
         return Native(dtype=_NAMES[dtype], device=device, reason=f"it failed: {first_line(error)}")
     return Native(dtype=_NAMES[dtype], device=device, kl_merged_nats=ours, kl_unmerged_nats=theirs)
@@ -79,12 +80,13 @@ def _load(folder: Path, dtype: str, device: str) -> Any:
     return model.eval().requires_grad_(False).to(device)
 
 
-def _divergence(model: Any, gold: Gold) -> float:
+def _divergence(model: Any, gold: Gold, device: str) -> float:
     """Return the mean KL(gold ‖ model) per token, in nats."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     found = []
     for sequence, reference in gold:
-        logits = outputs_of(inner, sequence)
+        with torch.no_grad(), quiet():
+            logits = outputs_of(inner, sequence, device)
         width = min(logits.shape[-1], reference.shape[-1])
         wanted = torch.log_softmax(reference[:, :width].double(), dim=-1)
         log = torch.log_softmax(logits[:, :width].double(), dim=-1)

@@ -1,4 +1,4 @@
-"""What the models are asked: built-in texts, chats in the model's own template, random tokens, and the user's prompts.
+"""What the models are asked: built-in texts, chats in the model's template, added and random tokens, user's prompts.
 
 Prompts exist for coverage (scripts, code, special tokens, rare rows of the embedding), not for statistics: one wrong
 tensor shows in any of them. Without a tokenizer, only random token ids are used. The same seed gives the same ids.
@@ -39,6 +39,7 @@ CHATS = (
 RANDOM_SEQUENCES = 4
 RANDOM_LENGTH = 48
 MAX_TOKENS = 128
+MAX_ADDED = 512  # of the tokens that are beside the vocabulary proper; the newest come first
 CONTINUED = 3
 EVAL_WINDOW = 512  # tokens of the user's text that are read at once
 EVAL_TOKENS = 16384  # of it that are read at all: 30 windows
@@ -123,7 +124,7 @@ def make_questions(
             own.append(made)
     built_in = [*CHATS, *TEXTS] if tokenizer is not None and tokenizer.chat_template else list(TEXTS)
     ours = [made for text in built_in if (made := _sequence(tokenizer, text, rows, length)) is not None]
-    noise = list(_random(rows, min(length, RANDOM_LENGTH), seed))
+    noise = [*_added(tokenizer, rows, length), *_random(rows, min(length, RANDOM_LENGTH), seed)]
     texts = own + ours
     windows, is_cut = _windows(tokenizer, eval_text, rows, max(2, min(EVAL_WINDOW, max_tokens)))
     return Questions(
@@ -192,6 +193,17 @@ def _random(rows: int, length: int, seed: int) -> Iterator[TokenSequence]:
     for number in range(RANDOM_SEQUENCES):
         ids = torch.randint(rows, (length,), generator=generator)
         yield TokenSequence(label=f"random ids {number + 1}", ids=ids, is_text=False)
+
+
+def _added(tokenizer: Any, rows: int, length: int) -> Iterator[TokenSequence]:
+    """Yield every token that was added to the vocabulary, those with the highest ids where they are too many."""
+    if tokenizer is None:
+        return
+    ids = sorted({int(number) for number in tokenizer.get_added_vocab().values() if 0 <= number < rows})[-MAX_ADDED:]
+    for number, start in enumerate(range(0, len(ids), length)):
+        part = ids[start : start + length]
+        part = part * 2 if len(part) == 1 else part
+        yield TokenSequence(label=f"added tokens {number + 1}", ids=torch.tensor(part), is_text=False)
 
 
 def _tokenizer(folder: Path) -> Any:

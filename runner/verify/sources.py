@@ -17,9 +17,10 @@ from runner.verify.elements import Stored
 from runner.verify.exact import Exact, ExactFromPeft, ExactShift, ExactStored, ReadRows, low_rank
 from runner.verify.experts import ExactExperts, expert_rules
 from runner.verify.fused import ExactValue, Fused
-from runner.verify.models import Unmerged, bare, base_values, merged_copy
+from runner.verify.models import bare, merged_copy
 from runner.verify.recipe import Copy, Recipe, Rule, Shift
 from runner.verify.tensors import FLOATS, read_tensor, row_blocks
+from runner.verify.unmerged import Unmerged
 
 
 class Sources:
@@ -32,7 +33,6 @@ class Sources:
         self._recipe = recipe
         self._unmerged = unmerged
         self.peft_type = recipe.peft_type
-        self._values = base_values(unmerged)
         self._merged: dict[str, dict[str, ExactFromPeft]] = {}
         self.keeps_units = False  # True costs 16 bytes an element that only PEFT can merge, and saves merging it again
         self._experts, self._used = expert_rules(recipe, unmerged.units, blueprint.keys)
@@ -98,7 +98,7 @@ class Sources:
         if key in self._experts and key in self.homes:
             return ExactExperts(self.homes[key], self._experts[key], self._recipe)
         if key in self.replaced:
-            value = self._values[key]
+            value = self._unmerged.value(key)
             return ExactFromPeft(exact=value.double(), single=value, base=value)
         return self.of_base(key)
 
@@ -107,12 +107,12 @@ class Sources:
         rule = self._recipe.rules.get(key)
         if isinstance(rule, Copy) and self.unit_of(key) not in self.by_peft:
             return self._recipe.tensors[rule.tensor].shape
-        return tuple(self._values[key].shape)
+        return self._unmerged.shape(key)
 
     def of_base(self, key: str) -> Exact:
         """Return W of `key` as the base stores it."""
         if key not in self.homes:
-            return ExactValue(self._values[key])
+            return ExactValue(self._unmerged.value(key))
         home = self.homes[key]
         return ExactStored(home.root, home.info)
 
@@ -142,7 +142,7 @@ class Sources:
 
     def _base_rows(self, key: str) -> tuple[ReadRows, tuple[int, ...]]:
         if key in self.replaced or key not in self.homes:
-            value = self._values[key]
+            value = self._unmerged.value(key)
             return (lambda start, stop: value[start:stop]), tuple(value.shape)
         home = self.homes[key]
         return home.rows, home.info.shape
@@ -150,10 +150,10 @@ class Sources:
     def _from_peft(self, unit: str) -> dict[str, ExactFromPeft]:
         if unit not in self._merged:
             module = self._unmerged.units[unit]
-            with torch.no_grad():
+            with torch.no_grad(), self._unmerged.in_memory(unit):
                 exact = merged_copy(module, torch.float64).state_dict()
                 single = merged_copy(module, torch.float32).state_dict()
-            base = bare(module).state_dict()
+                base = {name: tensor.detach() for name, tensor in bare(module).state_dict().items()}
             made = {
                 f"{unit}.{name}": ExactFromPeft(exact=exact[name].double(), single=single[name], base=base[name])
                 for name in base
@@ -175,9 +175,10 @@ class Sources:
         """Return the keys whose base value PEFT changed when it attached the adapter, as `bias` and PiSSA do."""
         changed = set()
         for key, home in self.homes.items():
-            if key not in self._values or home.info.dtype not in FLOATS:
+            known = key in self._unmerged.places and key not in self._unmerged.on_disk
+            if not known or home.info.dtype not in FLOATS:
                 continue
-            value = self._values[key]
+            value = self._unmerged.value(key)
             if tuple(value.shape) != home.info.shape or not _same_values(value, home):
                 changed.add(key)
         return changed

@@ -12,10 +12,11 @@ from runner.verify.comparison import Comparison, Deviation
 from runner.verify.elements import RightBlocks, Stored, compare_touched, compare_untouched, same_exact
 from runner.verify.exact import ExactStored
 from runner.verify.figures import Alternative
-from runner.verify.models import LOAD_ERRORS, Unmerged, first_line
+from runner.verify.models import LOAD_ERRORS, first_line
 from runner.verify.sources import Sources
 from runner.verify.targets import Target, Targets
 from runner.verify.tensors import FLOATS
+from runner.verify.unmerged import Unmerged
 from runner.verify.verdict import Check, Layer, Outcome
 
 

@@ -18,7 +18,7 @@ import yaml
 from peft import PeftModel
 
 from runner.verify.figures import TaskScore
-from runner.verify.models import LOAD_ERRORS, first_line, load_folder, quiet
+from runner.verify.models import LOAD_ERRORS, first_line, load_model, quiet
 from runner.verify.native import free_bytes
 
 _BATCH = 8
@@ -42,10 +42,10 @@ def run_tasks(
         return (), f"two models of up to {4 * elements / 1e9:.1f} GB do not fit into memory, one after the other"
     try:
         with quiet():
-            unmerged = PeftModel.from_pretrained(load_folder(base).model, str(adapter)).eval()
+            unmerged = PeftModel.from_pretrained(load_model(base), str(adapter)).eval()
         ours = _scores(unmerged, merged, tasks, device)
         del unmerged
-        theirs = _scores(load_folder(merged).model, merged, tasks, device)
+        theirs = _scores(load_model(merged), merged, tasks, device)
     except LOAD_ERRORS as error:
         return (), f"lm-eval could not run them: {first_line(error)}"
     scores = tuple(_compared(ours, theirs))

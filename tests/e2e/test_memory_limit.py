@@ -24,9 +24,19 @@ import json, sys
 from pathlib import Path
 from runner.merge import merge
 from runner.prepare import prepare
-merged = merge(prepare(Path("base"), Path("adapter"), dtype="auto"), into=Path("merged"))
+prepared = prepare(Path("base"), Path("adapter"), dtype="auto")
+merged = merge(prepared, into=Path("merged"))
 fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-print(json.dumps({"digest": merged.digest, "bytes": merged.written_bytes, "peak_kb": int(fields["VmHWM"].split()[0])}))
+print(json.dumps({"digest": merged.digest, "bytes": merged.written_bytes, "peak_kb": int(fields["VmHWM"].split()[0]),
+    "judge_bytes": prepared.plan.summary.judge_memory_bytes}))
+"""
+
+JUDGE = """
+import json, sys
+from pathlib import Path
+from runner.verify.judge import judge
+verdict = judge(base=Path("base"), adapter=Path("adapter"), merged=Path("merged"), dtype="auto")
+print(json.dumps({"status": verdict.status, "failures": [check.detail for check in verdict.failures]}))
 """
 
 
@@ -36,7 +46,7 @@ def _limited(image: str, workspace: Path, limit_bytes: int, *command: str, befor
     return ["docker", "run", "--network", "none", *limit, *mount, *before, image, *command]
 
 
-def test_a_model_several_times_the_limit_is_merged(image: str, tmp_path: Path) -> None:
+def test_a_model_several_times_the_limit_is_merged_and_judged(image: str, tmp_path: Path) -> None:
     shape = write_base(tmp_path / "base", size_bytes=BASE_BYTES)
     write_adapter(tmp_path / "adapter", base=tmp_path / "base", shape=shape, r=16, targets=ALL_LINEAR)
     unit_bytes = 4 * max(rows * columns for rows, columns in shape.linear.values())
@@ -53,6 +63,16 @@ def test_a_model_several_times_the_limit_is_merged(image: str, tmp_path: Path) -
         told = json.loads(done.stdout.splitlines()[-1])
         assert told["bytes"] >= size - 100_000
         assert told["peak_kb"] << 10 < limit
+
+        # What the plan says is enough for the judge, which goes through both models, and is far below what they take.
+        limit = told["judge_bytes"]
+        assert 2 * size > 3 * limit
+        done = subprocess.run(
+            _limited(image, tmp_path, limit, "-c", JUDGE, before=("--rm", "--entrypoint", "python")),
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert json.loads(done.stdout.splitlines()[-1]) == {"status": "PASS", "failures": []}
     finally:  # gigabytes, which pytest would keep for three runs
         for name in ("base", "merged", "merged.partial"):
             shutil.rmtree(tmp_path / name, ignore_errors=True)

@@ -11,7 +11,7 @@ import torch
 from runner.verify import native
 from runner.verify.forward import outputs_of
 from runner.verify.judge import judge
-from runner.verify.models import load_folder
+from runner.verify.models import load_model
 from runner.verify.native import run_native
 from runner.verify.prompts import make_questions
 from runner.verify.verdict import Status
@@ -20,9 +20,9 @@ from tests.verify.tiny import VOCABULARY
 
 
 def _gold(folder: Path) -> native.Gold:
-    model = load_folder(folder).model
+    model = load_model(folder)
     questions = make_questions(folder, rows=VOCABULARY, max_tokens=64, prompts=(), seed=0)
-    return [(sequence, outputs_of(model, sequence)) for sequence in questions.sequences[:4]]
+    return [(sequence, outputs_of(model, sequence, "cpu")) for sequence in questions.sequences[:4]]
 
 
 def test_bfloat16_is_as_far_from_float32_merged_as_unmerged(

@@ -17,11 +17,11 @@ from runner.errors import AdapterMismatch, BrokenAdapter, BrokenCheckpoint
 from runner.verify.blueprint import read_blueprint
 from runner.verify.classes import read_task
 from runner.verify.judge import judge
-from runner.verify.models import load_base, load_unmerged
 from runner.verify.modules import LIMIT, Probe, probe_modules
 from runner.verify.recipe import Copy, LowRank, Recipe, Rule, Shift, read_recipe, scaling_of
 from runner.verify.shapes import resized_rows
 from runner.verify.sources import Sources
+from runner.verify.unmerged import load_base, load_unmerged
 from tests.verify.conftest import Maker
 from tests.verify.tiny import lora, save_adapter
 from tests.verify.variants import LORA, TIED

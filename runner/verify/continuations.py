@@ -1,0 +1,74 @@
+"""Greedy continuations by base, unmerged and merged model, for the human reader; they gate nothing.
+
+A new token takes the whole model, so a model that does not fit into `WHOLE_BYTES` is read from disk once for each. Such
+a model continues fewer tokens, and none where even a few would take longer than all the rest of the judgement.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from runner.verify.forward import has_decoder
+from runner.verify.prompts import Questions
+from runner.verify.stream import Stream, Task
+from runner.verify.variants import Models
+from runner.verify.verdict import Check, Continuation, Layer, Outcome
+
+NEW_TOKENS = 24
+FEWEST_TOKENS = 4
+WHOLE_BYTES = 1 << 30  # of float32 weights that are held at a time
+READ_PARAMETERS = 12_000_000_000  # that are read again and again for all new tokens together, of each checkpoint
+
+
+def continue_texts(models: Models, questions: Questions) -> tuple[tuple[Continuation, ...], tuple[Check, ...]]:
+    """Return the continuations, and, where there are none, a check that says why."""
+    parameters = sum(parameter.numel() for parameter in models.loaded.model.parameters())
+    is_small = 4 * parameters <= _room_bytes(models.device)
+    tokens = NEW_TOKENS if is_small else min(NEW_TOKENS, READ_PARAMETERS // parameters)
+    if tokens < FEWEST_TOKENS:
+        return (), (_left_out(parameters),)
+    generate = partial(_generate, questions=questions, tokens=tokens, device=models.device)
+    task = Task(compute=generate, tokens=len(questions.continued))
+    made: dict[str, list[str]] = {}
+    for origins in [(origin,) for origin in models.alone] if is_small else [(models.base, models.merged())]:
+        stream = Stream(origins=origins, device=models.device, whole=is_small)
+        made |= next(texts for _, texts in stream.results([task]))
+    asked = (sequence.label for sequence in questions.continued)
+    texts = zip(asked, made["base"], made["unmerged"], made["merged"], strict=True)
+    return tuple(Continuation(prompt=ask, base=one, unmerged=two, merged=three) for ask, one, two, three in texts), ()
+
+
+def _room_bytes(device: str) -> int:
+    return WHOLE_BYTES if device == "cpu" else torch.cuda.mem_get_info()[0] // 2
+
+
+def _generate(model: Any, *, questions: Questions, tokens: int, device: str) -> list[str]:
+    """Return greedy continuations of all prompts, in one batch with padding on the left."""
+    rows = [sequence.ids for sequence in questions.continued]
+    width = max(len(row) for row in rows)
+    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.int64, device=device)
+    for number, row in enumerate(rows):
+        ids[number, width - len(row) :] = row
+        mask[number, width - len(row) :] = 1
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    pad = ends[0] if isinstance(ends, list) else ends
+    config = GenerationConfig(
+        max_new_tokens=tokens, do_sample=False, eos_token_id=ends, pad_token_id=0 if pad is None else pad
+    )
+    whole = model.generate(ids, attention_mask=mask, generation_config=config)
+    start = 1 if has_decoder(model) else width  # an encoder-decoder writes a text of its own, after a start mark
+    return [questions.text(row) for row in torch.as_tensor(whole)[:, start:].cpu()]
+
+
+def _left_out(parameters: int) -> Check:
+    return Check(
+        layer=Layer.QUALITY,
+        name="texts were continued",
+        outcome=Outcome.SKIPPED,
+        detail=f"The model has {parameters / 1e9:.1f} billion parameters, and every new token would read them all "
+        "from disk again. Continuations gate nothing.",
+    )
