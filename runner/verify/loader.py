@@ -85,14 +85,14 @@ class Loaded:
         before = {key: _place(self.model, key) for key in self.model.state_dict()}
         empty = {key: getattr(module, name) for key, (module, name) in before.items()}
         with ExitStack() as stack, quiet():
-            slices = {}
+            slices: dict[str, Any] = {}
             for file, inside in by_file.items():
                 handle = stack.enter_context(safe_open(str(self.checkpoint.root / file), framework="pt", device="cpu"))
                 slices |= {name: handle.get_slice(name) for name in inside}
             if not slices:
                 return {}
             load_checkpoint_tensors(self.model, slices, device)
-        made = {}
+        made: dict[str, torch.Tensor] = {}
         for key, (module, name) in before.items():
             if (value := getattr(module, name)) is not empty[key]:
                 made[key] = value.detach()
@@ -165,7 +165,7 @@ def _tied(model: PreTrainedModel, filled: set[str]) -> dict[str, str]:
     same: dict[int, list[str]] = defaultdict(list)
     for key, parameter in model.named_parameters(remove_duplicate=False):
         same[id(parameter)].append(key)
-    tied = {}
+    tied: dict[str, str] = {}
     for keys in same.values():
         origin = next((key for key in keys if key in filled), keys[0])
         tied |= {key: origin for key in keys if key not in filled and key != origin}

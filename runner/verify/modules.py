@@ -138,7 +138,7 @@ class _ExactModule:
                 made += inputs[:, start:stop] @ rows
             else:
                 made[:, start:stop] = inputs @ rows.T
-        return made if self._base.bias is None else made + _whole(self._of("bias"))
+        return made if getattr(self._base, "bias", None) is None else made + _whole(self._of("bias"))
 
     def _look_up(self, inputs: torch.Tensor) -> torch.Tensor:
         weight = self._of("weight")

@@ -130,7 +130,8 @@ def put(places: Mapping[str, Place], values: Mapping[str, torch.Tensor]) -> Iter
     finally:
         for key, held in before.items():
             module, name = places[key]
-            (module._parameters if name in module._parameters else module._buffers)[name] = held
+            home: Any = module._parameters if name in module._parameters else module._buffers
+            home[name] = held
 
 
 def places_of(model: nn.Module, units: Mapping[str, nn.Module] | None = None) -> dict[str, Place]:
