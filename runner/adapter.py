@@ -17,6 +17,7 @@ from typing import Any
 
 from runner.adapter_fields import check_fields, check_rank
 from runner.checkpoint.layout import TensorFile, TensorInfo, read_tensor_file
+from runner.checkpoint.pointers import is_pointer, pointer_problem
 from runner.errors import BrokenAdapter, BrokenCheckpoint, UnsupportedAdapter
 from runner.methods import FACTORS, find_refusal
 from runner.syntax import parse_json
@@ -88,6 +89,9 @@ def _read_config(root: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise _broken(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes.")
+        if is_pointer(path):
+            problem = pointer_problem(CONFIG_FILE)
+            raise BrokenAdapter(problem.what, why=problem.why, fix=problem.fix)
         config = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise BrokenAdapter(
@@ -118,7 +122,8 @@ def _read_weights(root: Path) -> TensorFile:
         raise BrokenAdapter(
             f"The adapter folder has no {WEIGHTS_FILE}" + (f", only {pickled[0]}." if pickled else "."),
             why="Only safetensors are read: unpickling can run code.",
-            fix="Save it again with `save_pretrained(..., safe_serialization=True)`, PEFT's default.",
+            fix="Save it again with PEFT's `save_pretrained`"
+            + (", or set `allow-pickle: true`: tensors only, in a process of its own." if pickled else "."),
         )
     try:
         file = read_tensor_file(root, WEIGHTS_FILE)

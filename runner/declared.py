@@ -69,6 +69,11 @@ INPUTS: tuple[InputSpec, ...] = (
         name="base-model", description="Base model: a local folder, or owner/name[@revision]; else the adapter's."
     ),
     InputSpec(name="base-revision", description="Revision of the base model: a commit, tag or branch."),
+    InputSpec(
+        name="allow-pickle",
+        description="Whether pickled weights are read where there are no safetensors; tensors only.",
+        default="false",
+    ),
     InputSpec(name="tag", description="Tag of the release; else the event's release or pushed tag."),
     InputSpec(
         name="also-tags",

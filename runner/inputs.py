@@ -41,6 +41,7 @@ class Inputs:
         combination: how several adapters become one; None exactly when there is one.
         base: into what; None for the base that the adapter's config names.
         base_revision: asked for by the user; part of `base` too where that is given.
+        allow_pickle: whether pickled weights of base and adapter are read where there are no safetensors.
         placement: where the release goes; a repository or a folder whenever `mode` is publish.
         tag: set whenever `mode` is publish.
         mode: publish, verify or plan.
@@ -70,6 +71,7 @@ class Inputs:
     combination: Combination | None
     base: RepoRef | None
     base_revision: str | None
+    allow_pickle: bool
     placement: Placement
     tag: str | None
     mode: Literal["publish", "verify", "plan"]
@@ -129,6 +131,7 @@ class Inputs:
             "target-revision": place.pop("target-revision"),
             "base-model": model(self.base),
             "base-revision": self.base_revision or "",
+            "allow-pickle": self.allow_pickle,
             "tag": self.tag or "",
             "also-tags": place.pop("also-tags"),
             "mode": self.mode,
@@ -203,6 +206,7 @@ def parse(
         combination=form.combination(adapters),
         base=form.base(base_revision),
         base_revision=base_revision,
+        allow_pickle=form.boolean("allow-pickle"),
         placement=placement,
         tag=form.tag(event_tag),
         mode=mode,

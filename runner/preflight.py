@@ -14,6 +14,7 @@ from runner.adapter import Adapter, read_adapter
 from runner.base_identity import departures, named_base
 from runner.checkpoint.layout import read_checkpoint
 from runner.combinable import check_combinable
+from runner.converted import Pickles, conversion_note
 from runner.disk import REPORT_BYTES, Need, check_room
 from runner.errors import RunnerError
 from runner.hub import Hub, Keyless, Login, Snapshot, connect, read_patience
@@ -38,7 +39,7 @@ class Resolved:
 
     Attributes:
         adapters: on disk, in the order of the inputs.
-        base_ref: the base at its commit, or a local folder.
+        base_ref: the base at its commit, or a local folder (with the converted weights, where they were pickled).
         origin: what decides the bytes of the result.
         notes: what the user should know, one sentence each.
     """
@@ -110,15 +111,26 @@ def open_destination(inputs: Inputs, hubs: Hubs) -> Destination | None:
     return HubDestination(hub=hubs.writing, repo_id=where.repo_id, wanted=wanted, sends_early=where.uploads_early)
 
 
-def resolve(inputs: Inputs, hubs: Hubs, cache_dir: Path, say: Say) -> Resolved:
+def resolve(inputs: Inputs, hubs: Hubs, cache_dir: Path, pickles: Pickles, say: Say) -> Resolved:
     """Return adapters and base at exact commits; the adapters are downloaded and validated, the base is not.
+
+    Args:
+        inputs: of this run.
+        hubs: to read from.
+        cache_dir: where downloads are kept.
+        pickles: what becomes of pickled weights.
+        say: is told what was found.
 
     Raises:
         AdapterError: an adapter cannot be merged into anything, or the adapters cannot be combined.
         InputError: the base is not given, and the adapter does not name one on the Hub.
         HubError: a repository cannot be read.
     """
-    snapshots = [hubs.reading.snapshot(ref, kind="adapter", cache_dir=cache_dir) for ref in inputs.adapters]
+    fetched = [
+        hubs.reading.snapshot(ref, kind="adapter", cache_dir=cache_dir, pickles=pickles.allowed)
+        for ref in inputs.adapters
+    ]
+    snapshots = [replace(snapshot, root=pickles.adapter(snapshot.root)) for snapshot in fetched]
     adapters = tuple(read_adapter(snapshot.root) for snapshot in snapshots)
     for snapshot, read in zip(snapshots, adapters, strict=True):
         say(f"Adapter: {_name(snapshot)}, {read.peft_type}, {len(read.tensors)} tensors.")
@@ -126,12 +138,18 @@ def resolve(inputs: Inputs, hubs: Hubs, cache_dir: Path, say: Say) -> Resolved:
         check_combinable(adapters, inputs.combination)
     wanted = inputs.base or named_base(adapters[0], inputs.base_revision)
     base_ref = wanted if wanted.repo_id is None else replace(wanted, revision=hubs.reading.resolve(wanted))
+    converted: list[str] = []
+    for before, after in zip(fetched, snapshots, strict=True):
+        converted += conversion_note(before.root, after.root, "adapter")
     if base_ref.path is not None:
-        read_checkpoint(base_ref.path)  # a broken folder is told before its bytes are hashed
+        path = pickles.base(base_ref.path)
+        converted += conversion_note(base_ref.path, path, "base")
+        base_ref = replace(base_ref, path=path)
+        read_checkpoint(path)  # a broken folder is told before its bytes are hashed
         say("Base: a local folder; its files are hashed, because no commit names them.")
     else:
         say(f"Base: {base_ref.display}.")
-    notes = departures(adapters, base_ref)
+    notes = (*converted, *departures(adapters, base_ref))
     for note in notes:
         say(note)
     first, *more = [_origin(snapshot) for snapshot in snapshots]
@@ -165,7 +183,8 @@ def check_disks(inputs: Inputs, hubs: Hubs, resolved: Resolved, *, work: Path, c
         total, missing = sum(path.stat().st_size for path in ref.path.glob("model*.safetensors")), 0
     else:
         total, missing = hubs.reading.needs(ref, cache_dir=cache)
-    kept = sum(path.stat().st_size for path in work.rglob("*.safetensors"))  # by a run that was interrupted
+    merged = (path for path in work.rglob("*.safetensors") if "converted" not in path.parts)
+    kept = sum(path.stat().st_size for path in merged)  # by a run that was interrupted
     least = total if inputs.dtype in ("auto", "float32") else total // 2
     check_room(
         [
@@ -176,22 +195,24 @@ def check_disks(inputs: Inputs, hubs: Hubs, resolved: Resolved, *, work: Path, c
     )
 
 
-def fetch_base(resolved: Resolved, hubs: Hubs, cache_dir: Path, *, headers_only: bool) -> Path:
+def fetch_base(resolved: Resolved, hubs: Hubs, cache_dir: Path, pickles: Pickles, *, headers_only: bool) -> Path:
     """Return the base as a folder whose headers are sound, at the commit that was resolved.
 
     Args:
         resolved: what goes in.
         hubs: to read from.
         cache_dir: where downloads are kept.
-        headers_only: download no weights; the folder is good for a plan, and for nothing else.
+        pickles: what becomes of pickled weights.
+        headers_only: download no weights (but pickled ones); the folder is good for a plan, and for nothing else.
 
     Raises:
         RunnerError: it cannot be downloaded, or is no checkpoint.
     """
     if headers_only:
-        root = hubs.reading.outline(resolved.base_ref, cache_dir=cache_dir).root
+        root = hubs.reading.outline(resolved.base_ref, cache_dir=cache_dir, pickles=pickles.allowed).root
     else:
-        root = hubs.reading.snapshot(resolved.base_ref, kind="base", cache_dir=cache_dir).root
+        root = hubs.reading.snapshot(resolved.base_ref, kind="base", cache_dir=cache_dir, pickles=pickles.allowed).root
+    root = pickles.base(root)
     read_checkpoint(root)
     return root
 

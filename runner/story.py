@@ -15,6 +15,7 @@ from pathlib import Path
 from runner.archive import archive
 from runner.card import CardFacts
 from runner.checkpoint.digests import MergedCheckpoint, digest_folder, digest_of
+from runner.converted import Pickles
 from runner.documents import make_documents, merge_facts
 from runner.errors import LaunchError, PublishError
 from runner.events import Event, Judged, Merged, PhaseStarted, Planned, Progress, ShardReady, Told
@@ -67,11 +68,12 @@ class Story:
         """
         hubs = open_hubs(self.inputs, self.environ, self.github.mask)
         destination = open_destination(self.inputs, hubs)
+        pickles = Pickles(allowed=self.inputs.allow_pickle, into=self.work.path / "converted", environ=self.environ)
         cache = self.inputs.cache_dir or self.work.path / "cache"
         with self._phase("preflight"):
             if destination is not None:
                 destination.inspect(self.github.info)
-            resolved = resolve(self.inputs, hubs, cache, self.github.info)
+            resolved = resolve(self.inputs, hubs, cache, pickles, self.github.info)
             self.record.origin, self.record.notes = resolved.origin, resolved.notes
             digest = resolved.origin.input_digest()
             existing = destination.find(digest, self.github.info) if destination is not None else None
@@ -86,7 +88,7 @@ class Story:
             if self.inputs.device == "cuda":  # no GPU is told before the base is downloaded, not after
                 self._check_device(worker)
             with self._phase("download"):
-                base = fetch_base(resolved, hubs, cache, headers_only=self.inputs.mode == "plan")
+                base = fetch_base(resolved, hubs, cache, pickles, headers_only=self.inputs.mode == "plan")
                 merged = fetch_merged(self.inputs, hubs, cache) if self.inputs.mode == "verify" else None
                 self._tell_traffic(hubs.reading.traffic)
             if self.inputs.device != "cuda":

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from runner.checkpoint.pointers import is_pointer, pointer_problem
 from runner.errors import BrokenCheckpoint, CheckpointError, UnsupportedCheckpoint
 from runner.syntax import parse_json
 
@@ -124,11 +125,11 @@ def read_checkpoint(root: Path) -> Checkpoint:
     raise _no_weights(root)
 
 
-def read_weight_map(index: Path) -> Mapping[str, str]:
+def read_weight_map(index: Path, *, suffix: str = ".safetensors") -> Mapping[str, str]:
     """Return tensor name → file name from an index.
 
     Raises:
-        BrokenCheckpoint: not JSON, no `weight_map`, or a name that is not a plain `*.safetensors` in the folder.
+        BrokenCheckpoint: not JSON, no `weight_map`, or a name that is not a plain file of `suffix` in the folder.
     """
     try:
         weight_map = parse_json(index.read_bytes())["weight_map"]
@@ -140,10 +141,10 @@ def read_weight_map(index: Path) -> Mapping[str, str]:
             fix="Download or save the checkpoint again.",
         ) from error
     for file in sorted(set(entries.values())):
-        if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+        if Path(file).name != file or "\\" in file or not file.endswith(suffix):
             raise BrokenCheckpoint(
                 f"{index.name} names the file {file!r}.",
-                why="A shard must be a `*.safetensors` file directly inside the checkpoint's folder; "
+                why=f"A shard must be a `*{suffix}` file directly inside the checkpoint's folder; "
                 "any other path could read files outside it.",
                 fix="Use a checkpoint from a source that you trust.",
             )
@@ -162,6 +163,9 @@ def read_tensor_file(root: Path, name: str) -> TensorFile:
     """
     path = root / name
     try:
+        if is_pointer(path):
+            problem = pointer_problem(name)
+            raise BrokenCheckpoint(problem.what, why=problem.why, fix=problem.fix)
         size_bytes = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
@@ -283,7 +287,7 @@ def _no_weights(root: Path) -> CheckpointError:
         return UnsupportedCheckpoint(
             f"The checkpoint holds pickled weights only ({pickled[0]}).",
             why="Unpickling can run code, so only safetensors are read.",
-            fix="Convert it once on a machine you can lose: `from_pretrained(...).save_pretrained(...)`.",
+            fix="Use a revision with safetensors, or set `allow-pickle: true`: tensors only, in a process of its own.",
         )
     return BrokenCheckpoint(
         f"The checkpoint has neither {SINGLE_FILE} nor {INDEX_FILE}.",

@@ -99,13 +99,14 @@ class Hub(Writing):
             raise _strange(doing, f"{info.sha!r} is not a commit")
         return str(info.sha)
 
-    def snapshot(self, ref: RepoRef, *, kind: Kind, cache_dir: Path) -> Snapshot:
+    def snapshot(self, ref: RepoRef, *, kind: Kind, cache_dir: Path, pickles: bool = False) -> Snapshot:
         """Return the model or adapter as a local folder, at a commit that was resolved once.
 
         Args:
             ref: a local folder (returned as it is), or `owner/name[@revision]`.
             kind: decides which files are needed; see `runner.hub.select`.
             cache_dir: where downloads are kept between runs.
+            pickles: whether pickled weights are taken where there are no others.
 
         Raises:
             RunnerError: see `resolve` and `Download.fetch`.
@@ -114,7 +115,13 @@ class Hub(Writing):
             return Snapshot(ref=ref, repo_id=None, commit=None, root=ref.path)
         repo_id, commit = str(ref.repo_id), self.resolve(ref)
         download = Download(
-            self._api, self._caller, repo_id=repo_id, commit=commit, cache_dir=cache_dir, traffic=self.traffic
+            self._api,
+            self._caller,
+            repo_id=repo_id,
+            commit=commit,
+            cache_dir=cache_dir,
+            traffic=self.traffic,
+            pickles=pickles,
         )
         root = download.fetch(self.tree(repo_id, commit), kind)
         return Snapshot(ref=ref, repo_id=repo_id, commit=commit, root=root)
@@ -131,12 +138,13 @@ class Hub(Writing):
         download = Download(self._api, self._caller, repo_id=repo_id, commit=commit, cache_dir=cache_dir)
         return sum(file.size_bytes for file in weights.values()), download.missing_bytes(weights)
 
-    def outline(self, ref: RepoRef, *, cache_dir: Path) -> Snapshot:
+    def outline(self, ref: RepoRef, *, cache_dir: Path, pickles: bool = False) -> Snapshot:
         """Return a base as a folder with its headers instead of its weights: enough to plan, and only for that.
 
         Args:
             ref: a local folder (returned as it is, weights included), or `owner/name[@revision]`.
             cache_dir: where the folder is made.
+            pickles: as for `snapshot`; pickled weights come as a whole, because they have no header.
 
         Raises:
             RunnerError: see `resolve` and `Download.outline`.
@@ -144,7 +152,9 @@ class Hub(Writing):
         if ref.path is not None:
             return Snapshot(ref=ref, repo_id=None, commit=None, root=ref.path)
         repo_id, commit = str(ref.repo_id), self.resolve(ref)
-        download = Download(self._api, self._caller, repo_id=repo_id, commit=commit, cache_dir=cache_dir)
+        download = Download(
+            self._api, self._caller, repo_id=repo_id, commit=commit, cache_dir=cache_dir, pickles=pickles
+        )
         return Snapshot(ref=ref, repo_id=repo_id, commit=commit, root=download.outline(self.tree(repo_id, commit)))
 
     def tree(self, repo_id: str, revision: str) -> Tree:

@@ -1,15 +1,18 @@
 """Which files of a repository a snapshot holds. Pure: names in, names out.
 
-Never taken: pickled weights, other formats (GGUF, ONNX …), duplicates (`original/`, `consolidated*`), checkpoints of
-the training. Python files of a base are taken, because a model that needs them is useless without; none is ever run.
+Never taken: pickled weights (unless the user allows them and there are no others), other formats (GGUF, ONNX …),
+duplicates (`original/`, `consolidated*`), checkpoints of the training. Python files of a base are taken, because a
+model that needs them is useless without; none is ever run.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Literal
 
 from runner.checkpoint.layout import INDEX_FILE, SINGLE_FILE
+from runner.checkpoint.pickled import OPT_IN, PICKLED_ADAPTER, PICKLED_INDEX, pickled_weights
 from runner.errors import BrokenAdapter, BrokenCheckpoint, UnsupportedAdapter, UnsupportedCheckpoint
 
 Kind = Literal["adapter", "base", "merged"]
@@ -21,10 +24,17 @@ _TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")
 _NOTICES = ("license", "licence", "notice", "use_policy", "copying")
 _NOTICE_SUFFIXES = ("", "txt", "md", "pdf", "rst", "html")
 _TEMPLATES = "additional_chat_templates/"
+# The folders of sentence-transformers' modules, which are as much the model as its body.
+_MODULE_FILE = re.compile(r"\d+_[A-Za-z]+/[^/]+\.(?:json|txt|model|safetensors)")
 
 
-def weights_or_index(paths: Iterable[str], *, named: str) -> str:
+def weights_or_index(paths: Iterable[str], *, named: str, pickles: bool = False) -> str:
     """Return the file that says where a base's weights are: the single file, else the index.
+
+    Args:
+        paths: every file of the repository.
+        named: the repository, for errors.
+        pickles: whether pickled weights will do where there are no others.
 
     Raises:
         UnsupportedCheckpoint: pickled weights only.
@@ -40,11 +50,13 @@ def weights_or_index(paths: Iterable[str], *, named: str) -> str:
     for name in (SINGLE_FILE, INDEX_FILE):  # the order in which transformers looks
         if name in present:
             return name
+    if pickles and (pickled := pickled_weights(present)):
+        return pickled
     if any(path.endswith((".bin", ".pt", ".pth")) for path in present):
         raise UnsupportedCheckpoint(
             f"{named} has pickled weights only.",
             why="Unpickling can run code, so only safetensors are read.",
-            fix="Use a revision with safetensors, or convert it once on a machine you can lose.",
+            fix=OPT_IN,
         )
     raise BrokenCheckpoint(
         f"{named} has neither {SINGLE_FILE} nor {INDEX_FILE}.",
@@ -53,8 +65,8 @@ def weights_or_index(paths: Iterable[str], *, named: str) -> str:
     )
 
 
-def check_adapter(paths: Iterable[str], *, named: str) -> None:
-    """Refuse a repository that is no PEFT adapter in safetensors, before anything is downloaded.
+def check_adapter(paths: Iterable[str], *, named: str, pickles: bool = False) -> str:
+    """Return the weight file of an adapter; refuse a repository that is none, before anything is downloaded.
 
     Raises:
         BrokenAdapter: no config, or no weights.
@@ -68,12 +80,14 @@ def check_adapter(paths: Iterable[str], *, named: str) -> None:
             fix="Check `adapter-path` and its revision.",
         )
     if ADAPTER_WEIGHTS in present:
-        return
-    if "adapter_model.bin" in present:
+        return ADAPTER_WEIGHTS
+    if PICKLED_ADAPTER in present:
+        if pickles:
+            return PICKLED_ADAPTER
         raise UnsupportedAdapter(
-            f"{named} has pickled weights only (adapter_model.bin).",
+            f"{named} has pickled weights only ({PICKLED_ADAPTER}).",
             why="Unpickling can run code, so only safetensors are read.",
-            fix="Save it again with a current PEFT: `model.save_pretrained(...)` writes safetensors.",
+            fix=OPT_IN,
         )
     raise BrokenAdapter(
         f"{named} has no {ADAPTER_WEIGHTS}.",
@@ -95,7 +109,10 @@ def companions(paths: Iterable[str], kind: Kind) -> tuple[str, ...]:
 def _is_taken(path: str, kind: Kind) -> bool:
     if path.startswith(_TEMPLATES):
         return path.endswith(".jinja") and path.count("/") == 1
-    if "/" in path or path.startswith(".") or path == INDEX_FILE:
+    if kind != "adapter" and _MODULE_FILE.fullmatch(path):
+        return True
+    is_foreign = kind != "adapter" and path == ADAPTER_CONFIG  # an adapter that lies beside the model
+    if "/" in path or path.startswith(".") or is_foreign or path in (INDEX_FILE, PICKLED_INDEX):
         return False
     lower = path.lower()
     if kind == "adapter" and path.endswith(".safetensors"):

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.checkpoint.layout import INDEX_FILE, read_weight_map
+from runner.checkpoint.layout import read_weight_map
+from runner.checkpoint.pickled import PICKLED_INDEX
 from runner.errors import BrokenCheckpoint, HubError, NotEnoughDisk
 from runner.hub.outline import write_stand_in
 from runner.hub.select import Kind, check_adapter, companions, weights_or_index
@@ -90,11 +91,19 @@ class Download:
     """One repository at one commit, on its way into the cache."""
 
     def __init__(
-        self, api: HfApi, caller: Caller, *, repo_id: str, commit: str, cache_dir: Path, traffic: Traffic | None = None
+        self,
+        api: HfApi,
+        caller: Caller,
+        *,
+        repo_id: str,
+        commit: str,
+        cache_dir: Path,
+        traffic: Traffic | None = None,
+        pickles: bool = False,
     ) -> None:
-        """Take the client, the repository, the whole commit id, the folder of the cache, and what counts bytes."""
+        """Take the client, the repository, the commit id, the cache, what counts bytes, and whether pickles will do."""
         self._api, self._caller = api, caller
-        self._traffic = traffic or Traffic()
+        self._traffic, self._pickles = traffic or Traffic(), pickles
         self._repo_id, self._commit, self._cache = repo_id, commit, cache_dir
         self._named = f"{repo_id}@{commit[:12]}"
 
@@ -133,7 +142,7 @@ class Download:
         """
         self._cache.mkdir(parents=True, exist_ok=True)
         paths = self._select(tree, "base")
-        weights = [path for path in paths if path.endswith(".safetensors")]
+        weights = [path for path in paths if path.endswith(".safetensors") and "/" not in path]
         texts = {path: tree[path] for path in paths if path not in weights}
         view = self._cache / "views" / self._repo_id.replace("/", "--") / f"{self._commit}-outline"
         self._download(tuple(texts))
@@ -152,18 +161,18 @@ class Download:
 
     def _select(self, tree: Tree, kind: Kind) -> tuple[str, ...]:
         if kind == "adapter":
-            check_adapter(tree, named=self._named)
-            return companions(tree, kind)
-        weights = weights_or_index(tree, named=self._named)
+            weights = check_adapter(tree, named=self._named, pickles=self._pickles)
+            return tuple(sorted({weights, *companions(tree, kind)}))
+        weights = weights_or_index(tree, named=self._named, pickles=self._pickles and kind == "base")
         names = {weights}
-        if weights == INDEX_FILE:
-            folder = self._download((INDEX_FILE,))
-            names |= set(read_weight_map(folder / INDEX_FILE).values())
+        if weights.endswith(".json"):
+            suffix = ".bin" if weights == PICKLED_INDEX else ".safetensors"
+            names |= set(read_weight_map(self._download((weights,)) / weights, suffix=suffix).values())
         missing = sorted(names - tree.keys())
         if missing:
             raise BrokenCheckpoint(
                 f"{self._named} has no {missing[0]}.",
-                why=f"{INDEX_FILE} names {len(names) - 1} shards, and {len(missing)} are missing.",
+                why=f"{weights} names {len(names) - 1} shards, and {len(missing)} are missing.",
                 fix="Use another revision of the base, or tell its owner.",
             )
         return tuple(sorted(names | set(companions(tree, kind))))

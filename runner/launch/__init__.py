@@ -8,7 +8,8 @@ with launch(wish, log=…, say=…) as worker:
 
 from runner.launch.environment import worker_environment
 from runner.launch.identity import has_engine, is_mounted, own_ids
+from runner.launch.pickles import unpickle
 from runner.launch.start import Wish, launch
 from runner.launch.worker import Worker
 
-__all__ = ["Wish", "Worker", "has_engine", "is_mounted", "launch", "own_ids", "worker_environment"]
+__all__ = ["Wish", "Worker", "has_engine", "is_mounted", "launch", "own_ids", "unpickle", "worker_environment"]

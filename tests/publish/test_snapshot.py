@@ -44,6 +44,9 @@ def base_files() -> dict[str, str | bytes]:
         "chat_template.jinja": "{{ x }}",
         "additional_chat_templates/tool.jinja": "{{ y }}",
         "modeling_custom.py": "raise SystemExit",
+        "modules.json": "[]",
+        "1_Pooling/config.json": "{}",
+        "2_Dense/model.safetensors": b"d" * 100,
         "LICENSE": "as is",
         "USE_POLICY.md": "be good",
         "README.md": "---\nlicense: mit\n---\n",
@@ -64,6 +67,10 @@ def unwanted_files() -> dict[str, str | bytes]:
         "onnx/model.onnx": b"onnx",
         "model.gguf": b"gguf",
         "images/plot.png": b"png",
+        "adapter_config.json": "{}",
+        "adapter_model.safetensors": b"of an adapter beside the model",
+        "3_Old/pytorch_model.bin": b"pickle",
+        "checkpoint-10/config.json": "{}",
         "training_args.bin": b"pickle",
     }
 
