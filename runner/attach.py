@@ -32,8 +32,9 @@ from runner.checkpoint.names import StoredNames
 from runner.combination import Combination
 from runner.combined import combine
 from runner.errors import AdapterMismatch, UnsupportedAdapter
+from runner.expert_packing import as_peft_packs
 from runner.forms import first_line
-from runner.methods import TASK_CLASSES, reads_base
+from runner.methods import HARMLESS_FIELDS, TASK_CLASSES, reads_base
 from runner.placed import check_copies, is_repeated, repeats, replaced, untrained, widen
 
 ADAPTER_NAME = "default"
@@ -100,17 +101,19 @@ def attach(
     is_lazy = not any(reads_base(part.config) for part in adapters)
     base = open_base(checkpoint, adapter, in_memory=not is_lazy)
     model = base.model
-    parameters = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    stored = model.state_dict()  # not the buffers that no checkpoint holds, such as Gemma's scale of its embeddings
+    buffers = {key: tensor for key, tensor in model.named_buffers() if key in stored}
+    parameters = {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
     before = {key: (tensor.data_ptr(), tensor._version) for key, tensor in parameters.items()}
     namings = [name_adapter(model, one.config, one.tensors) for one in adapters]
     if combination is None:
         peft_model = _wrap(model, _peft_config(adapter, namings[0]), adapter, ADAPTER_NAME)
-        placed = _load(peft_model, adapter, ADAPTER_NAME, namings[0].names, _unknown(base))
+        placed, packing = _load(peft_model, adapter, ADAPTER_NAME, namings[0].names, _unknown(base))
     else:
         peft_model = _wrap_several(model, adapters, namings, only_plans=only_plans)
         quickest = Combination(kind="cat", weights=combination.weights)
         combine(peft_model, quickest if only_plans else combination, into=ADAPTER_NAME)
-        placed = {}
+        placed, packing = {}, ()
     if left := untrained(base.own, placed, ADAPTER_NAME):
         raise _missing(left[0], adapter)
     return Attached(
@@ -125,7 +128,7 @@ def attach(
         own=base.own,
         replaced={**base.padded, **replaced(parameters, before, peft_model, placed)},
         config_edits=base.config_edits,
-        notes=(*base.notes, *(note for naming in namings for note in naming.notes)),
+        notes=(*base.notes, *(note for naming in namings for note in naming.notes), *packing),
         is_lazy=is_lazy,
     )
 
@@ -138,7 +141,7 @@ def _unknown(base: Base) -> set[str]:
 
 def _peft_config(adapter: Adapter, naming: Naming) -> PeftConfig:
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[adapter.peft_type]
-    known = {field.name for field in dataclasses.fields(config_class)} | {"task_type", "peft_version"}
+    known = {field.name for field in dataclasses.fields(config_class)} | HARMLESS_FIELDS
     unknown = sorted(key for key, value in adapter.config.items() if key not in known and value)
     if unknown:
         raise UnsupportedAdapter(
@@ -174,7 +177,7 @@ def _wrap_several(
     peft_model: PeftModel | None = None
     for name, adapter, naming in zip(names, adapters, namings, strict=True):
         peft_model = _wrap(peft_model or model, _peft_config(adapter, naming), adapter, name)
-        placed = _load(peft_model, adapter, name, naming.names, frozenset())
+        placed, _ = _load(peft_model, adapter, name, naming.names, frozenset())
         extra = [key for key in placed if f".{name}" not in key]
         if lost := [key for key in extra if not (only_plans and ".base_layer." in key)]:  # no base to compare it with
             raise UnsupportedAdapter(
@@ -210,14 +213,15 @@ def _wrap(model: PreTrainedModel | PeftModel, config: PeftConfig, adapter: Adapt
 
 def _load(
     peft_model: PeftModel, adapter: Adapter, name: str, names: Mapping[str, str], own: Container[str]
-) -> dict[str, torch.Tensor]:
-    """Load the adapter and return what it changed: state-dict key of the PEFT model → tensor as stored.
+) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """Load the adapter and return what it changed (state-dict key of the PEFT model → tensor as stored), and notes.
 
     Its tensors go by `names`; the base has no values for the keys `own`. A copy of a base tensor that only repeats the
     base (PEFT saves one beside an embedding's LoRA) is left out.
     """
     mapped = MappedFile(adapter.root / WEIGHTS_FILE, adapter.tensors)
-    weights = {names[key]: tensor for key, tensor in mapped.tensors.items()}
+    named = {names[key]: tensor for key, tensor in mapped.tensors.items()}
+    weights, packing = as_peft_packs(peft_model, adapter.config, named)
     placed: dict[str, torch.Tensor] = {}
     load_state_dict = peft_model.load_state_dict
 
@@ -245,7 +249,7 @@ def _load(
     if missing:
         raise _missing(missing[0], adapter)
     widen(peft_model, placed)
-    return placed
+    return placed, packing
 
 
 def _must_be_in_file(key: str, adapter: Adapter, name: str) -> bool:
@@ -260,7 +264,8 @@ def _unplaced(keys: list[str], adapter: Adapter) -> AdapterMismatch:
         f"Nothing in the base takes the adapter tensor {keys[0]!r}"
         + (f" (nor {len(keys) - 1} more)." if keys[1:] else "."),
         why=f"The adapter says that it was trained on {adapter.base_model!r}; PEFT would drop the tensor silently.",
-        fix="Set `base-model` to the model that the adapter was trained on.",
+        fix="Set `base-model` to the model that the adapter was trained on. If it is this one, the installed PEFT has "
+        "no place for the tensor in it: release the adapter unmerged.",
     )
 
 

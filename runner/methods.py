@@ -98,9 +98,14 @@ REFUSED_FIELDS: Mapping[str, str] = MappingProxyType(
     {
         "layer_replication": "the model would have more layers than the base, and PEFT does not merge that",
         "megatron_config": "it needs Megatron layers, which a transformers checkpoint does not have",
-        "lora_B_layout": "its expert tensors are packed in another order than PEFT reads",
         "sample_at_inference": "it draws random numbers at inference, so that no fixed weight equals it",
     }
+)
+# Fields that PEFT's own config does not have and that are no reason to refuse: one is followed (`lora_B_layout`, by
+# `runner.expert_layout`), the others tell a training its learning rates and dtypes (ms-swift, PEFT before 0.3) and the
+# merge nothing.
+HARMLESS_FIELDS = frozenset(
+    "task_type peft_version lora_B_layout lora_dtype lorap_lr_ratio lorap_emb_lr merge_weights".split()
 )
 # The PEFT class of each task, by its name in `peft`.
 TASK_CLASSES: Mapping[str | None, str] = MappingProxyType(

@@ -19,6 +19,7 @@ from runner.verify.blueprint import Blueprint, check_heads, read_blueprint
 from runner.verify.classes import read_task
 from runner.verify.combined import as_one
 from runner.verify.modules import LIMIT, Probe, probe_modules
+from runner.verify.packing import as_peft_packs
 from runner.verify.recipe import Recipe, read_recipe
 from runner.verify.shapes import resized_rows
 from runner.verify.sources import Sources
@@ -122,7 +123,8 @@ def open_case(
         rows = resized_rows(recipe, blueprint)
         check_heads(blueprint, recipe)
         loaded = load_base(checkpoint.root, rows, wanted=task.model_class, labels=task.labels)
-        unmerged = load_unmerged(loaded, one.root, recipe.redundant)
+        with as_peft_packs(recipe, lambda: task.empty(checkpoint.root)) as packed:
+            unmerged = load_unmerged(loaded, packed, recipe.redundant)
         sources = Sources(base=checkpoint, blueprint=blueprint, recipe=recipe, unmerged=unmerged)
         targets = find_targets(
             sources, base=checkpoint, blueprint=blueprint, dtype=dtype, rounding=rounding or Rounding()

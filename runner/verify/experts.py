@@ -1,12 +1,9 @@
 """What a `target_parameters` adapter does to a stack of experts, read from its files alone, in closed form.
 
-For a parameter W of shape (experts, m, n) and expert e, with the two layouts that PEFT has written:
-
-    ΔW[e] = s · B_e·A_e        A is (experts·r, n), B is (m, experts·r): PEFT 0.19 and later, experts as (out, in)
-    ΔW[e] = s · (B_e·A_e)ᵀ     A is (experts·r, m), B is (n, experts·r): PEFT up to 0.18, and experts as (in, out)
-
-A_e is the e-th block of r rows of A. B_e is the columns e, e + experts, … of B (PEFT's packing, the expert index
-running fastest); with the marker `lora_B_layout: grouped_by_expert` it is the e-th block of r columns.
+For a parameter W of shape (experts, m, n) and expert e, ΔW[e] is s · B_e·A_e or its transpose, as
+`runner.expert_layout` tells from shapes, version and marker. A_e is the e-th block of r rows of A. B_e is the columns
+e, e + experts, … of B (PEFT's packing, the expert index running fastest), or, grouped by expert, the e-th block of r
+columns.
 
 This is the judge's own reading of PEFT's file format; it uses nothing of the merge.
 """
@@ -24,7 +21,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from runner.checkpoint.layout import TensorInfo
-from runner.errors import BrokenAdapter
+from runner.expert_layout import Pair, read_layout
 from runner.verify.elements import Stored
 from runner.verify.exact import ExactLowRank
 from runner.verify.recipe import PREFIX, Recipe, scaling_of
@@ -109,18 +106,39 @@ def expert_rules(
 
     Raises:
         BrokenAdapter: a pair does not fit its parameter.
+        UnsupportedAdapter: nobody can tell how the factors are packed.
     """
-    rules: dict[str, ExpertRule] = {}
-    used: set[str] = set()
+    pairs: dict[str, Pair] = {}
+    used: dict[str, tuple[str, str]] = {}
     for path, unit in units.items():
         for parameter, wrapper, depth in wrappers(unit):
             key, under = f"{path}.{parameter}", f"{PREFIX}{path}{'.base_layer' * depth}"
             a, b = f"{under}.lora_A.weight", f"{under}.lora_B.weight"
             if len(shapes[key]) != 3 or a not in recipe.tensors or b not in recipe.tensors:
                 continue
-            rules[key] = _rule(recipe, key, a, b, shapes[key], is_in_out=not wrapper._did_swap_in_out_features)
-            used |= {a, b}
-    return rules, frozenset(used)
+            used[key] = a, b
+            pairs[key] = Pair(
+                name=a,
+                a=recipe.tensors[a].shape,
+                b=recipe.tensors[b].shape,
+                stack=shapes[key],
+                is_in_out=not wrapper._did_swap_in_out_features,
+            )
+    if not pairs:
+        return {}, frozenset()
+    layout = read_layout(recipe.config, list(pairs.values()))
+    rules = {
+        key: ExpertRule(
+            a=used[key][0],
+            b=used[key][1],
+            scaling=scaling_of(key, recipe.config),
+            experts=pair.stack[0],
+            is_transposed=not layout.is_direct,
+            is_grouped=layout.is_grouped,
+        )
+        for key, pair in pairs.items()
+    }
+    return rules, frozenset(name for names in used.values() for name in names)
 
 
 def factors(rule: ExpertRule, recipe: Recipe, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,24 +154,3 @@ def factors(rule: ExpertRule, recipe: Recipe, expert: int) -> tuple[torch.Tensor
 @lru_cache(maxsize=2)
 def _read(root: Path, tensor: TensorInfo) -> torch.Tensor:
     return read_tensor(root, tensor)  # asked for once for every expert
-
-
-def _rule(recipe: Recipe, key: str, a: str, b: str, shape: tuple[int, ...], *, is_in_out: bool) -> ExpertRule:
-    experts, rows, columns = shape
-    shape_a, shape_b = recipe.tensors[a].shape, recipe.tensors[b].shape
-    direct = (shape_a[1], shape_b[0]) == (columns, rows)
-    flipped = (shape_a[1], shape_b[0]) == (rows, columns)
-    if shape_a[0] != shape_b[1] or shape_a[0] % experts or not (direct or flipped):
-        raise BrokenAdapter(
-            f"{a!r} is {list(shape_a)} and {b!r} is {list(shape_b)}: they do not fit {key!r}, {list(shape)}.",
-            why="The adapter was trained on another base, or by a tool with a layout of its own.",
-            fix="Set `base-model` to the model that the adapter was trained on.",
-        )
-    return ExpertRule(
-        a=a,
-        b=b,
-        scaling=scaling_of(key, recipe.config),
-        experts=experts,
-        is_transposed=is_in_out if direct and flipped else flipped,
-        is_grouped=recipe.config.get("lora_B_layout") == "grouped_by_expert",
-    )

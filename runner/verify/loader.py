@@ -29,7 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from runner.checkpoint.conversion import Conversion
 from runner.checkpoint.layout import Checkpoint, read_checkpoint
 from runner.checkpoint.names import map_names
-from runner.verify.models import model_class, quiet
+from runner.verify.models import NO_ADAPTER, model_class, quiet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +130,7 @@ def load_folder(root: Path, wanted: Any = None, **options: Any) -> Loaded:
             output_loading_info=True,
             local_files_only=True,
             trust_remote_code=False,
+            adapter_kwargs=NO_ADAPTER,
             **options,
         )
         model = model.eval().requires_grad_(False)

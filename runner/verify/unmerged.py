@@ -244,7 +244,7 @@ def load_unmerged(base: Loaded, adapter: Path, redundant: Sequence[str]) -> Unme
     model.eval().requires_grad_(False)
     unexpected = {key.replace(".default.", ".").removesuffix(".default") for key in result.unexpected_keys}
     altered = [name for name, tensor in weights.items() if name in placed and not _holds(name, placed[name], tensor)]
-    units = _units(model)
+    units = peft_units(model)
     places = places_of(model.get_base_model(), units)
     unchanged = {key for key, place in places.items() if _state(_at(place)) == before.get(key)}
     return Unmerged(
@@ -324,7 +324,8 @@ def _holds(name: str, placed: torch.Tensor, stored: torch.Tensor) -> bool:
     return torch.equal(placed, stored)
 
 
-def _units(model: PeftModel) -> dict[str, nn.Module]:
+def peft_units(model: PeftModel) -> dict[str, nn.Module]:
+    """Return the outermost modules that PEFT put in place of the base's, by their path in the base model."""
     units: dict[str, nn.Module] = {}
     for path, module in model.get_base_model().named_modules():
         if any(path.startswith(f"{outer}.") for outer in units):

@@ -60,8 +60,12 @@ def peft_merge_of_fused(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     """Return stored name → float32 tensor of a model whose parameters are not all stored as they are."""
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=False)
-    return dict(revert_weight_conversion(merged, merged.state_dict()))
+    return reverted(PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=False))
+
+
+def reverted(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the model's parameters by their stored names, as transformers saves them."""
+    return dict(revert_weight_conversion(model, model.state_dict()))
 
 
 def read_folder(folder: Path) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 from runner.verify.judge import judge
 from runner.verify.verdict import Outcome
-from tests.parity import models, oracle
+from tests.parity import models, oracle, structures
 from tests.parity.pipeline import run_merge
 
 TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -44,6 +45,13 @@ CASES = {
         models.mixtral, _lora(target_modules=["q_proj", "v_proj"], target_parameters=BOTH, use_rslora=True)
     ),
     "mixtral_rank_is_experts": Case(models.mixtral, _lora(r=4, target_parameters=BOTH)),
+    "qwen3_moe_both": Case(partial(structures.build, "Qwen3MoeForCausalLM"), _lora(target_parameters=BOTH)),
+    "qwen3_next_both": Case(partial(structures.build, "Qwen3NextForCausalLM"), _lora(target_parameters=BOTH)),
+    "gpt_oss_both": Case(partial(structures.build, "GptOssForCausalLM"), _lora(target_parameters=BOTH)),
+    "gpt_oss_rank_is_experts": Case(
+        partial(structures.build, "GptOssForCausalLM"),
+        _lora(r=4, target_modules=["q_proj"], target_parameters=BOTH, use_rslora=True),
+    ),
     "mixtral_router": Case(models.mixtral, _lora(target_parameters=[*BOTH, "mlp.gate.weight"])),
 }
 
