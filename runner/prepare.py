@@ -16,6 +16,7 @@ from runner.attach import Attached, attach
 from runner.checkpoint.layout import read_checkpoint
 from runner.combinable import check_combinable
 from runner.combination import Combination
+from runner.companion_notes import check_tokenizer, companion_notes
 from runner.companions import TOKENIZER_FILES, find_companions, read_config
 from runner.plan import Plan, make_plan
 from runner.rounding import Rounding
@@ -85,7 +86,9 @@ def prepare(
             judge_bytes=changes.judge_bytes + 3 * 8 * elements,  # the judge combines in float64
             notes=(*changes.notes, *_notes(adapters, combination)),
         )
+    check_tokenizer(base, adapters[0], getattr(attached.model.config.get_text_config(), "vocab_size", None))
     companions = find_companions(base, adapters[0], edits)
+    changes = replace(changes, notes=(*changes.notes, *companion_notes(base, adapters[0])))
     plan = make_plan(
         attached.checkpoint, changes, companions=companions, dtype=dtype, peft_type=attached.adapter.peft_type
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 from runner.checkpoint.digests import FileDigest, digest_file, digest_of
 from runner.combination import Combination
-from runner.companions import TOKENIZER_FILES, WEIGHT_SUFFIXES
+from runner.companions import WEIGHT_SUFFIXES, may_come_from_adapter
 from runner.rounding import Rounding
 from runner.verify.verdict import Check, Quality, Verdict
 
@@ -160,10 +160,11 @@ def _checksum_line(path: str, sha256: str) -> str:
 def adapter_digest(root: Path) -> str:
     """Return one digest of the files in `root` that a merge takes from an adapter.
 
-    These are adapter_config.json, `adapter*.safetensors`, and the tokenizer and its templates. The README and what a
-    training leaves behind do not count, so they can change without a new digest.
+    These are adapter_config.json, `adapter*.safetensors`, and what a release may take of its own: tokenizer, templates,
+    processor, generation config, notices, and config.json for the names of labels. The README and what a training
+    leaves behind do not count, so they can change without a new digest.
     """
-    return _digest(root, lambda path: _is_adapter_file(path) or _is_tokenizer_file(path))
+    return _digest(root, lambda path: _is_adapter_file(path) or may_come_from_adapter(path))
 
 
 def base_digest(root: Path) -> str:
@@ -288,10 +289,6 @@ def _digest(root: Path, is_wanted: Callable[[str], bool]) -> str:
 def _is_adapter_file(path: str) -> bool:
     is_weights = path.startswith("adapter") and path.endswith(".safetensors")
     return "/" not in path and (path == "adapter_config.json" or is_weights)
-
-
-def _is_tokenizer_file(path: str) -> bool:
-    return path in TOKENIZER_FILES or path.startswith("additional_chat_templates/")
 
 
 def _is_base_file(path: str) -> bool:

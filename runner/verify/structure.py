@@ -27,6 +27,7 @@ TOKENIZER_FILES = VOCABULARIES | frozenset(
     "tokenizer_config.json special_tokens_map.json added_tokens.json merges.txt chat_template.jinja "
     "chat_template.json".split()
 )
+TEMPLATES = frozenset({"chat_template.jinja", "chat_template.json"})
 OTHER_FILES = ("generation_config.json",)
 _MISSING = object()
 
@@ -188,7 +189,10 @@ def _tokenizer(base: Path, adapter: Path, merged: Path, form: Form) -> Check:
     has_own = bool(theirs.keys() & VOCABULARIES)
     if has_own and form.rows is not None and found == ours != theirs:
         return _check(name, ["they are the base's, which do not know the tokens that the adapter adds"])
-    if found == ours or (has_own and found == theirs):
+    templates = {file: data for file, data in theirs.items() if file in TEMPLATES}
+    if not has_own and templates:  # a template that the adapter was trained with, for the base's tokenizer
+        theirs = {file: data for file, data in ours.items() if file not in TEMPLATES} | templates
+    if found in (ours, theirs if has_own or templates else ours):
         return _check(name, [])
     if has_own and all(data in (ours.get(file), theirs.get(file)) for file, data in found.items()):
         return _check(name, ["half of the tokenizer's files are the base's and half are the adapter's"])

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from runner.companion_notes import check_tokenizer, companion_notes
 from runner.companions import copy_companion, edit_json, find_companions
+from runner.errors import AdapterMismatch, BrokenCheckpoint
 
 
 def _write(folder: Path, files: dict[str, str]) -> Path:
@@ -77,3 +81,143 @@ def test_edits_keep_order_and_everything_else() -> None:
     assert list(edited) == ["z", "tie_word_embeddings", "text_config", "new"]
     assert edited["text_config"] == {"tie_word_embeddings": False, "a": 2}
     assert edited["tie_word_embeddings"] is False
+
+
+def _sources(base: Path, adapter: Path) -> dict[str, Path]:
+    return {companion.path: companion.source for companion in find_companions(base, adapter, {})}
+
+
+@pytest.mark.parametrize("template", ["chat_template.jinja", "chat_template.json"])
+def test_a_chat_template_of_the_adapters_own_is_taken_without_a_tokenizer(template: str, tmp_path: Path) -> None:
+    base = _write(tmp_path / "base", {**BASE, "additional_chat_templates/tool.jinja": "base"})
+    adapter = _write(tmp_path / "adapter", {template: "mine", "special_tokens_map.json": "mine"})
+
+    found = _sources(base, adapter)
+
+    assert found[template] == adapter / template
+    assert found["tokenizer.json"] == base / "tokenizer.json"
+    assert "special_tokens_map.json" not in found
+    assert not [path for path in found if path.startswith("additional_chat_templates/")]
+    assert [path for path in found if path.startswith("chat_template")] == [template]
+    said = list(companion_notes(base, adapter))
+    assert any(f"The chat template comes from the adapter ({template})" in note for note in said)
+    assert any("special_tokens_map.json is left out" in note for note in said)
+
+
+def test_processor_and_generation_config_come_from_the_adapter_that_has_them(tmp_path: Path) -> None:
+    base = _write(tmp_path / "base", {**BASE, "processor_config.json": "base"})
+    adapter = _write(tmp_path / "adapter", {"preprocessor_config.json": "mine", "generation_config.json": "{}"})
+
+    found = _sources(base, adapter)
+
+    assert found["preprocessor_config.json"] == adapter / "preprocessor_config.json"
+    assert "processor_config.json" not in found  # never half of each
+    assert found["generation_config.json"] == adapter / "generation_config.json"
+    assert found["tokenizer.json"] == base / "tokenizer.json"
+    said = list(companion_notes(base, adapter))
+    assert "The processor comes from the adapter (preprocessor_config.json)." in said
+    assert "The generation config comes from the adapter (generation_config.json)." in said
+
+
+def test_no_licence_is_lost(tmp_path: Path) -> None:
+    base = _write(tmp_path / "base", {**BASE, "NOTICE": "same"})
+    adapter = _write(tmp_path / "adapter", {"LICENSE": "other words", "NOTICE": "same", "USE_POLICY.md": "be good"})
+
+    found = _sources(base, adapter)
+
+    assert found["LICENSE"] == base / "LICENSE"
+    assert found["adapter-LICENSE"] == adapter / "LICENSE"
+    assert found["USE_POLICY.md"] == adapter / "USE_POLICY.md"
+    assert "adapter-NOTICE" not in found
+
+
+def test_the_modules_of_sentence_transformers_come_along_with_their_weights(tmp_path: Path) -> None:
+    modules = json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "3_Old"}])
+    files = {
+        "modules.json": modules, "sentence_bert_config.json": "{}", "2_Dense/config.json": "{}",
+        "2_Dense/model.safetensors": "w", "3_Old/config.json": "{}", "3_Old/pytorch_model.bin": "w",
+        "onnx/model.safetensors": "w",
+    }  # fmt: skip
+    base = _write(tmp_path / "base", {**BASE, **files})
+
+    found = _sources(base, _write(tmp_path / "adapter", {"adapter_config.json": "{}"}))
+
+    assert {"modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"} <= found.keys()
+    assert not {"3_Old/pytorch_model.bin", "onnx/model.safetensors"} & found.keys()
+    assert any("3_Old/*.bin is a pickle" in note for note in companion_notes(base, tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("text", ["[1", "3", '[{"path": "../x"}, {"path": ".git"}, 7]'])
+def test_strange_modules_json_names_no_folder(text: str, tmp_path: Path) -> None:
+    base = _write(tmp_path / "base", {**BASE, "modules.json": text, "x/model.safetensors": "w"})
+
+    assert "x/model.safetensors" not in _sources(base, _write(tmp_path / "adapter", {"a": ""}))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "LICENSE", "1_Pooling/config.json"])
+def test_a_git_lfs_pointer_is_never_carried_over(name: str, tmp_path: Path) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 12345\n"
+    base = _write(tmp_path / "base", {**BASE, name: pointer})
+
+    with pytest.raises(BrokenCheckpoint, match=f"{name} is a Git LFS pointer"):
+        find_companions(base, _write(tmp_path / "adapter", {"a": ""}), {})
+
+
+def _tokenizer(tokens: list[str], *, added: tuple[str, ...] = (), kind: str = "BPE") -> str:
+    vocab = [[token, 0.0] for token in tokens] if kind == "Unigram" else {t: n for n, t in enumerate(tokens)}
+    more = [{"id": len(tokens) + n, "content": token} for n, token in enumerate(added)]
+    return json.dumps({"model": {"type": kind, "vocab": vocab}, "added_tokens": more})
+
+
+@pytest.mark.parametrize("kind", ["BPE", "Unigram"])
+def test_what_differs_between_the_tokenizers_is_told(kind: str, tmp_path: Path) -> None:
+    base = _write(
+        tmp_path / "base",
+        {
+            "tokenizer.json": _tokenizer(["a", "b", "c"], kind=kind),
+            "tokenizer_config.json": '{"eos_token": "</s>", "pad_token": {"content": "a"}}',
+            "chat_template.jinja": "base",
+        },
+    )
+    adapter = _write(
+        tmp_path / "adapter",
+        {
+            "tokenizer.json": _tokenizer(["a", "c", "b"], added=("<new>",), kind=kind),
+            "tokenizer_config.json": '{"eos_token": "<new>", "pad_token": "a"}',
+        },
+    )
+
+    said = " ".join(companion_notes(base, adapter))
+
+    assert "differs from the base's in chat_template.jinja, tokenizer.json, tokenizer_config.json." in said
+    assert "1 are new, 0 of the base's are gone, and 2 have another id (such as 'b')" in said
+    assert "Its eos_token is '<new>', the base's '</s>'." in said
+    assert "pad_token" not in said
+
+
+def test_a_tokenizer_that_is_the_bases_is_not_spoken_of(tmp_path: Path) -> None:
+    base = _write(tmp_path / "base", {"tokenizer.json": "{}", "generation_config.json": "{}"})
+    adapter = _write(tmp_path / "adapter", {"tokenizer.json": "{}"})
+
+    assert list(companion_notes(base, adapter)) == []
+
+
+def test_tokens_beyond_the_embeddings_are_refused(tmp_path: Path) -> None:
+    base = _write(tmp_path / "base", {"tokenizer.json": _tokenizer(["a", "b", "c"])})
+    adapter = _write(tmp_path / "adapter", {"tokenizer.json": _tokenizer(["a", "b", "c"], added=("<x>", "<y>"))})
+
+    check_tokenizer(base, adapter, 5)
+    check_tokenizer(base, adapter, None)
+    check_tokenizer(adapter, adapter, 4)  # the base has that fault already
+    with pytest.raises(AdapterMismatch, match="gives the id 4 to '<y>', and the merged embeddings have 4 rows"):
+        check_tokenizer(base, adapter, 4)
+
+
+def test_an_invalid_generation_config_is_carried_and_told(tmp_path: Path) -> None:
+    base = _write(tmp_path / "base", BASE)
+    adapter = _write(tmp_path / "adapter", {"adapter_config.json": "{}"})
+
+    found = {companion.path: companion for companion in find_companions(base, adapter, {})}
+
+    assert copy_companion(found["generation_config.json"], tmp_path / "out") == BASE["generation_config.json"].encode()
+    assert any("`temperature` with `do_sample: false`" in note for note in companion_notes(base, adapter))
