@@ -10,6 +10,7 @@ values where the whole base is read into memory.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -209,7 +210,14 @@ def _tie(model: PreTrainedModel, names: StoredNames) -> dict[str, str]:
 
 
 def _check_whole(model: PreTrainedModel, *, is_own: bool) -> None:
-    missing = sorted(key for key, tensor in model.state_dict().items() if tensor.is_meta)
+    """Refuse a base that lacks a parameter, unless its class says that none need be stored (Marian's sinusoids)."""
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    missing = []
+    for key, tensor in sorted(model.state_dict().items()):
+        if tensor.is_meta and any(pattern.search(key) for pattern in optional):
+            _assign(model, key, torch.zeros((), dtype=torch.float32).expand(tensor.shape))
+        elif tensor.is_meta:
+            missing.append(key)
     body = f"{model.base_model_prefix}."
     if missing and not is_own and not missing[0].startswith(body):
         raise AdapterMismatch(

@@ -21,6 +21,7 @@ from runner.checkpoint.view import view
 from runner.companions import read_config
 from runner.errors import BrokenCheckpoint, UnsupportedCheckpoint
 from runner.heads import choose_class, find_labels
+from runner.quantised import check_not_quantised
 from runner.vocabulary import resized_config
 
 # What transformers and torch say of a config that makes no sense.
@@ -104,12 +105,7 @@ def _own_class(checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], Pretraine
     raw = read_config(checkpoint.root)
     architecture = next(iter(raw.get("architectures") or ()), None)
     model_class = getattr(transformers, str(architecture), None)
-    if raw.get("quantization_config"):
-        raise UnsupportedCheckpoint(
-            "The base is quantised (its config.json has `quantization_config`).",
-            why="A delta added to quantised weights does not survive quantising them again.",
-            fix="Set `base-model` to the 16-bit model that it was made from.",
-        )
+    check_not_quantised(raw, checkpoint.tensors)
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         raise UnsupportedCheckpoint(
             f"The base's architecture is {architecture!r}, which this transformers has no class for.",

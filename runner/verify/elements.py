@@ -194,7 +194,8 @@ def _compare_block(  # noqa: PLR0917 (what there is to know of one block)
 def _compare_cast(result: Comparison, found: Stored, base: Stored, start: int, stop: int) -> None:
     source, stored = base.rows(start, stop), found.rows(start, stop)
     if base.info.dtype not in FLOATS or found.info.dtype not in FLOATS:
-        bad = source != stored
+        is_same = found.info.dtype == base.info.dtype
+        bad = (_raw(source) != _raw(stored)).any(dim=-1) if is_same else source.double() != stored.double()
         distance = (source.double() - stored.double()).abs()
         _record(result, found.info, start, _Block(bad=bad, expected=source, found=stored, ulps=distance))
         return
@@ -204,6 +205,11 @@ def _compare_cast(result: Comparison, found: Stored, base: Stored, start: int, s
     result.new_non_finite += int((~torch.isfinite(stored) & torch.isfinite(source)).sum())
     distance = (stored.double() - source.double()).abs() / ulp(source.double(), found.info.dtype)
     _record(result, found.info, start, _Block(bad=bad, expected=rounded, found=stored, ulps=distance))
+
+
+def _raw(values: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of each element, in one more dimension."""
+    return values.contiguous().view(torch.uint8).view(*values.shape, -1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ def predicts_tokens(model: Any) -> bool:
 
 def generates(model: Any) -> bool:
     """Return whether the model can continue a text."""
-    return bool(model.can_generate()) and predicts_tokens(model)
+    return bool(model.can_generate()) and predicts_tokens(model) and model.main_input_name == "input_ids"
 
 
 def has_decoder(model: Any) -> bool:
@@ -38,6 +38,8 @@ def has_decoder(model: Any) -> bool:
 
 def outputs_of(model: Any, sequence: TokenSequence, device: str) -> torch.Tensor:
     """Return what the model computes for one sequence: float32 on the CPU, shape (rows, width).
+
+    A speech model writes the sequence to sounds that are random.
 
     Rows are positions where the model has an output for each, or one row for a label of the whole sequence.
     """
@@ -50,7 +52,10 @@ def outputs_of(model: Any, sequence: TokenSequence, device: str) -> torch.Tensor
         if isinstance(end, int):
             ids = torch.cat([ids[ids != end][None], torch.full_like(ids[:, :1], end)], dim=1)
             inputs["decoder_input_ids"] = ids
-    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.main_input_name == "input_features":
+        inputs["input_features"] = _sound(model, sequence)
+    else:
+        inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     takes = inspect.signature(model.forward).parameters
     if "use_cache" in takes:
         inputs["use_cache"] = False
@@ -100,6 +105,14 @@ class Errors:
             return off
         size = (self._squares / self._count) ** 0.5
         return off / size if size > 0 else math.inf
+
+
+def _sound(model: Any, sequence: TokenSequence) -> torch.Tensor:
+    """Return random log-mel features of the length that the model takes, the same for the same sequence."""
+    config = model.config
+    generator = torch.Generator().manual_seed(int(sequence.ids.sum()))
+    shape = (1, int(config.num_mel_bins), 2 * int(config.max_source_positions))
+    return torch.randn(shape, generator=generator).to(next(model.parameters()).device)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ _TORCH: Mapping[str, torch.dtype] = MappingProxyType(
     {
         "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
         "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-        "BOOL": torch.bool,
+        "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     }
 )  # fmt: skip
 _BITS: Mapping[str, torch.dtype] = MappingProxyType({"BF16": torch.int16, "F16": torch.int16, "F32": torch.int32})

@@ -258,3 +258,36 @@ def test_a_copy_of_the_base_beside_an_embedding_is_compared_with_the_base(
     wrong = _add(native, tmp_path / "wrong", **{name: other})
     with pytest.raises(AdapterMismatch, match=r"embed_tokens\.base_layer\.weight"):
         prepare(base, wrong, dtype="auto")
+
+
+def test_dora_is_read_as_peft_before_0_12_saved_it(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    base, native = llama
+    old = lambda name: name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")  # noqa: E731
+    adapter = _repack(native, tmp_path / "adapter", old)
+    assert any(name.endswith("lora_magnitude_vector") for name in load_file(adapter / WEIGHTS))
+
+    _, merged = run_merge(base, adapter, tmp_path / "merged")
+    _, wanted = run_merge(base, native, tmp_path / "wanted")
+
+    after, expected = oracle.read_folder(merged.root), oracle.read_folder(wanted.root)
+    assert all(torch.equal(after[name], expected[name]) for name in expected)
+    assert judge(base=base, adapter=adapter, merged=merged.root, dtype="auto").status is Status.PASS
+
+
+def test_fields_of_other_programs_that_mean_nothing_to_a_merge_are_ignored(
+    llama: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, native = llama
+    fields = {
+        "lora_dtype": "bfloat16",
+        "lorap_emb_lr": 1e-6,
+        "lorap_lr_ratio": 16.0,
+        "peft_version": "0.9.0",
+        "new": None,
+    }
+    adapter = _repack(native, tmp_path / "adapter", str, **fields)
+
+    prepare(base, adapter, dtype="auto")
+
+    with pytest.raises(UnsupportedAdapter, match="`new`"):
+        prepare(base, _repack(native, tmp_path / "other", str, new=1), dtype="auto")

@@ -42,6 +42,12 @@ TARGETS = {
     "MambaForCausalLM": ["in_proj", "x_proj", "dt_proj"],
     "Mamba2ForCausalLM": ["in_proj"],
 }
+TASKS = {
+    "WhisperForConditionalGeneration": None,
+    "BertModel": "FEATURE_EXTRACTION",
+    "BertForSequenceClassification": "SEQ_CLS",
+    **dict.fromkeys(name for name in structures.ENCODERS if name.endswith("MaskedLM")),
+}
 FAULTY = (
     "Qwen2VLForConditionalGeneration",
     "LlavaForConditionalGeneration",
@@ -85,6 +91,14 @@ CASES = {
         name: Case(name, _lora(target_modules=TARGETS.get(name, "all-linear")))
         for name in (*structures.TEXT_MODELS, *structures.VISION_MODELS)
     },
+    **{
+        name: Case(name, _lora(task_type=TASKS.get(name, "SEQ_2_SEQ_LM"), target_modules="all-linear"))
+        for name in (*structures.ENCODER_DECODERS, *structures.ENCODERS)
+    },
+    "T5ForConditionalGeneration, DoRA": Case(
+        "T5ForConditionalGeneration", _lora(target_modules=["q", "v"], use_dora=True, task_type="SEQ_2_SEQ_LM")
+    ),
+    "BertForMaskedLM, bias": Case("BertForMaskedLM", _lora(target_modules=["query", "value"], bias="all")),
     "LlamaForCausalLM, embeddings": Case("LlamaForCausalLM", _lora(target_modules=["q_proj", "embed_tokens"])),
     "Mamba2ForCausalLM, embeddings": Case("Mamba2ForCausalLM", _lora(target_modules=["in_proj", "embeddings"])),
     "LlavaForConditionalGeneration, embeddings": Case(

@@ -45,6 +45,14 @@ def _cut(name: str) -> Damage:
     return damage
 
 
+def _pointer(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 12345\n"
+        (folder / name).write_text(text)
+
+    return damage
+
+
 def _pickled_only(folder: Path) -> None:
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
     (folder / WEIGHTS).unlink()
@@ -95,7 +103,8 @@ BAD_ADAPTERS: dict[str, tuple[Damage, int, str]] = {
     "unknown method": (_edit_config(peft_type="NOVELTY"), 4, "NOVELTY"),
     "unknown field": (_edit_config(use_novelty=True), 4, "use_novelty"),
     "replicated layers": (_edit_config(layer_replication=[[0, 2], [0, 2]]), 4, "layer_replication"),
-    "packed in another order": (_edit_config(lora_B_layout="grouped_by_expert"), 4, "lora_B_layout"),
+    "weights that git left as a pointer": (_pointer(WEIGHTS), 4, "Git LFS pointer"),
+    "config that git left as a pointer": (_pointer("adapter_config.json"), 4, "Git LFS pointer"),
     "a task without its head": (_edit_config(task_type="SEQ_CLS"), 4, "ForSequenceClassification"),
     "targets that are not in the base": (_edit_config(target_modules=["w_pack"]), 4, "w_pack"),
 }
@@ -156,6 +165,10 @@ def _cut_shard(folder: Path) -> None:
     _cut(min(folder.glob("model-*.safetensors")).name)(folder)
 
 
+def _pointer_shard(folder: Path) -> None:
+    _pointer(min(folder.glob("model-*.safetensors")).name)(folder)
+
+
 BAD_BASES: dict[str, tuple[Damage, int, str]] = {
     "truncated shard": (_cut_shard, 5, "not a sound safetensors file"),
     "offsets that lie": (_lying_offsets, 5, "not a sound safetensors file"),
@@ -164,7 +177,9 @@ BAD_BASES: dict[str, tuple[Damage, int, str]] = {
     "missing shard": (_missing_shard, 5, "model-0000"),
     "pickled weights only": (_pickled_base, 5, "pytorch_model.bin"),
     "config of another size": (_base_config(hidden_size=64), 5, "config.json asks for"),
-    "quantised": (_base_config(quantization_config={"quant_method": "bitsandbytes"}), 5, "quantised"),
+    "quantised": (_base_config(quantization_config={"quant_method": "gptq"}), 5, "quantised with gptq"),
+    "a shard that git left as a pointer": (_pointer_shard, 5, "Git LFS pointer"),
+    "a tokenizer that git left as a pointer": (_pointer("tokenizer.json"), 5, "tokenizer.json is a Git LFS pointer"),
     "unknown architecture": (_base_config(architectures=["NoveltyForCausalLM"]), 5, "NoveltyForCausalLM"),
 }
 
