@@ -43,7 +43,10 @@ def load_model(root: Path) -> PreTrainedModel:
     """Return the folder's model in memory, in float32, as plain transformers loads it; raises what that raises."""
     with quiet():
         model: PreTrainedModel = model_class(root).from_pretrained(
-            str(root), dtype=torch.float32, local_files_only=True, trust_remote_code=False,
+            str(root),
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
             adapter_kwargs=NO_ADAPTER,
         )
     return model.eval().requires_grad_(False)
