@@ -116,8 +116,7 @@ class Inputs:
             return "" if path is None else self.workspace.show(path)
 
         wanted, machine = self.combination, self.machine.public()
-        where = self.placement
-        place = where.public(folder(where.folder))
+        place = self.placement.public(folder(self.placement.folder))
         weighted = zip(self.adapters, wanted.weights if wanted else (1.0,) * len(self.adapters), strict=True)
         return {
             "adapter-path": "\n".join(

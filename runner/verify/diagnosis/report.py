@@ -16,6 +16,7 @@ from runner.verify.elements import Stored
 from runner.verify.exact import ExactStored
 from runner.verify.models import LOAD_ERRORS
 from runner.verify.storage import Storage
+from runner.verify.tensors import FLOATS
 from runner.verify.verdict import MAX_NAMED, Cause, Check, Diagnosis, Layer, Outcome
 
 MAX_EXAMINED = 24  # tensors of each sort, touched and untouched, spread over all that failed
@@ -91,6 +92,8 @@ def _suspects(case: Case, merged: Checkpoint, storage: Storage) -> Iterator[Susp
     failed |= {name: storage.comparisons[name] for name in storage.non_finite if name in storage.comparisons}
     for name, result in sorted(failed.items()):
         target = wanted[name]
+        if not {target.dtype, merged.tensors[name].dtype} <= set(FLOATS):
+            continue  # indices, masks, fp8: no merge explains them, and the failed check names them
         try:
             if target.is_touched:
                 exact = case.sources.exact_of(target.key, target.base)
