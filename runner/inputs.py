@@ -149,14 +149,16 @@ class Inputs:
             "verify-tolerance": " ".join(f"{loosened.layer}={loosened.limit!r}" for loosened in self.limits.tolerances),
             "quality-limits": " ".join(limit.text for limit in self.limits.quality),
             "eval-text": len(self.evaluation.text),
-            "eval-tasks": "\n".join(
-                self.workspace.show(Path(t)) if t.startswith("/") else t for t in self.evaluation.tasks
-            ),
+            "eval-tasks": self._tasks(),
             "allow-not-verified": self.allow_not_verified,
             "commit-message": self.commit_message or "",
             "on-existing-tag": self.on_existing_tag,
             **place,
         }
+
+    def _tasks(self) -> str:
+        shown = (self.workspace.show(Path(task)) if task.startswith("/") else task for task in self.evaluation.tasks)
+        return "\n".join(shown)
 
 
 def wants_help(argv: Sequence[str]) -> bool:

@@ -3,8 +3,7 @@
 `find_changes` says which stored tensors a unit makes; `runner.whole` and `runner.fast` make them.
 
 Ties: in PEFT's unmerged model, an adapter on one side of a tied pair leaves the other side alone, so the exact
-merge of a tied base is untied (PEFT's own documentation advises to untie the base first). A pair stays tied only
-when PEFT ties the adapters, too. See docs/decisions/0002.
+merge of a tied base is untied. A pair stays tied only when PEFT ties the adapters, too. See docs/decisions/0002.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from runner.verify.models import quiet
+from runner.verify.places import Place, emptied, put
 from runner.verify.runs import Call, Run, stopping_at
 from runner.verify.stages import WHOLE, find_stages, is_below
-from runner.verify.unmerged import Place, emptied, put
 
 GROUP_BYTES = 256 << 20  # of logits that exist at a time, over all variants; at least one sequence's
 WAVE_TOKENS = 2048  # that go through the layers together; more make another wave, which reads the checkpoints again

@@ -29,7 +29,8 @@ from transformers import PreTrainedModel
 
 from runner.errors import AdapterMismatch
 from runner.verify.loader import Loaded, load_folder
-from runner.verify.models import LOAD_ERRORS, bare, first_line, quiet, unbuildable
+from runner.verify.models import LOAD_ERRORS, first_line, quiet, unbuildable
+from runner.verify.places import Place, places_of, put, value_at
 from runner.verify.recipe import read_adapter_config
 
 # Methods, LoRA initialisations and LoRA variants that make something of the base's values, or round to its dtype.
@@ -37,8 +38,6 @@ _BASE_METHODS = frozenset("OSF DELORA TINYLORA UNILORA PSOFT SUPERTUNING FROD".s
 _ROUNDED = frozenset({"VERA", "PVERA"})  # their random projections, unless the adapter brings them
 _PLAIN_INITS = frozenset("true false none gaussian orthogonal eva mica".split())
 _HALVES = (torch.bfloat16, torch.float16)
-
-Place = tuple[nn.Module, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,78 +102,6 @@ class Unmerged:
             yield
 
 
-@contextmanager
-def emptied(places: Mapping[str, Place]) -> Iterator[None]:
-    """Have no values in these places for as long as this lasts: float32 on the meta device.
-
-    Code that looks at a parameter's dtype sees the one that is computed with; code that uses its values fails.
-    """
-    held = {key: _at(place) for key, place in places.items()}
-    floats = {key: torch.float32 if tensor.is_floating_point() else tensor.dtype for key, tensor in held.items()}
-    with put(places, {key: torch.empty(held[key].shape, dtype=floats[key], device="meta") for key in held}):
-        yield
-
-
-@contextmanager
-def put(places: Mapping[str, Place], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Have `values` in their places for as long as this lasts; a value without a place is an error of the caller."""
-    before = {key: _at(places[key]) for key in values}
-    for key, value in values.items():
-        module, name = places[key]
-        if name in module._parameters:
-            module._parameters[name] = nn.Parameter(value, requires_grad=False)
-        else:
-            module._buffers[name] = value
-    try:
-        yield
-    finally:
-        for key, held in before.items():
-            module, name = places[key]
-            home: Any = module._parameters if name in module._parameters else module._buffers
-            home[name] = held
-
-
-def places_of(model: nn.Module, units: Mapping[str, nn.Module] | None = None) -> dict[str, Place]:
-    """Return where every parameter and stored buffer is, by key; inside PEFT's `units`, the base's own."""
-    units = units or {}
-    places: dict[str, Place] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if any(path == outer or path.startswith(f"{outer}.") for outer in _outer(path, units)):
-            continue
-        places |= _own(path, module)
-    for path, unit in units.items():
-        for inner, module in bare(unit).named_modules(remove_duplicate=False):
-            places |= _own(f"{path}.{inner}".rstrip("."), module)
-    return places
-
-
-def _outer(path: str, units: Mapping[str, nn.Module]) -> list[str]:
-    found = []
-    while path:
-        if path in units:
-            found.append(path)
-        path = path.rpartition(".")[0]
-    return found
-
-
-def _own(path: str, module: nn.Module) -> dict[str, Place]:
-    names = [name for name, tensor in module._parameters.items() if tensor is not None]
-    names += [
-        name
-        for name, tensor in module._buffers.items()
-        if tensor is not None and name not in module._non_persistent_buffers_set
-    ]
-    return {f"{path}.{name}".lstrip("."): (module, name) for name in names}
-
-
-def _at(place: Place) -> torch.Tensor:
-    module, name = place
-    found = module._parameters.get(name)
-    held = found if found is not None else module._buffers[name]
-    assert held is not None  # noqa: S101  (only what is there has a place)
-    return held
-
-
 def holds_base(config: Mapping[str, Any]) -> bool:
     """Return whether an adapter with this adapter_config.json is only attached right to a base in float32."""
     method = config.get("peft_type")
@@ -224,13 +151,13 @@ def load_unmerged(base: Loaded, adapter: Path, redundant: Sequence[str]) -> Unme
     except LOAD_ERRORS as error:
         raise unbuildable(error) from error
     places = places_of(inner)
-    before = {key: _state(_at(place)) for key, place in places.items()}
-    own = {id(_at(place)) for place in places.values()}
+    before = {key: _state(value_at(place)) for key, place in places.items()}
+    own = {id(value_at(place)) for place in places.values()}
     try:
         with quiet():
             model = PeftModel.from_pretrained(inner, str(adapter), low_cpu_mem_usage=False, torch_device="cpu")
-            changed = {key for key, place in places.items() if _state(_at(place)) != before[key]}
-            _widen(model, own - {id(_at(places[key])) for key in changed})
+            changed = {key for key, place in places.items() if _state(value_at(place)) != before[key]}
+            _widen(model, own - {id(value_at(places[key])) for key in changed})
             weights = load_peft_weights(str(adapter), device="cpu")
             # PEFT does not hand out what it could not place, so it is asked once more; now in float32.
             result = set_peft_model_state_dict(model, weights)
@@ -246,7 +173,7 @@ def load_unmerged(base: Loaded, adapter: Path, redundant: Sequence[str]) -> Unme
     altered = [name for name, tensor in weights.items() if name in placed and not _holds(name, placed[name], tensor)]
     units = peft_units(model)
     places = places_of(model.get_base_model(), units)
-    unchanged = {key for key, place in places.items() if _state(_at(place)) == before.get(key)}
+    unchanged = {key for key, place in places.items() if _state(value_at(place)) == before.get(key)}
     return Unmerged(
         base=base,
         model=model,
@@ -254,7 +181,7 @@ def load_unmerged(base: Loaded, adapter: Path, redundant: Sequence[str]) -> Unme
         unplaced=tuple(sorted(unexpected - set(redundant))),
         altered=tuple(sorted(altered)),
         places=places,
-        tensors={key: _at(place) for key, place in places.items()},
+        tensors={key: value_at(place) for key, place in places.items()},
         on_disk=frozenset() if whole else frozenset(unchanged - padded.keys()),
         padded=padded,
     )

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 from runner.verify.filling import Filling
 from runner.verify.loader import Loaded
+from runner.verify.places import places_of
 from runner.verify.stream import Origin, Values, Variant
-from runner.verify.unmerged import Unmerged, places_of
+from runner.verify.unmerged import Unmerged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

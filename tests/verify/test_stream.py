@@ -15,25 +15,20 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from runner.verify import continuations
 from runner.verify import stream as stream_module
 from runner.verify.filling import Filling
 from runner.verify.forward import outputs_of
-from runner.verify.judge import judge
 from runner.verify.loader import load_folder
 from runner.verify.models import model_class, quiet
-from runner.verify.prompts import TokenSequence, make_questions
+from runner.verify.prompts import TokenSequence
 from runner.verify.quality import relative
 from runner.verify.stages import WHOLE, find_stages
 from runner.verify.stream import Origin, Stream, Task
 from runner.verify.unmerged import load_unmerged
 from runner.verify.variants import Models
-from runner.verify.verdict import Outcome, Status
 from tests.parity import structures
-from tests.verify.conftest import Maker
 
 VOCAB = structures.VOCAB
 ENCODERS: Mapping[str, Mapping[str, Any]] = {
@@ -248,64 +243,3 @@ def test_attention_and_threads_stay_far_below_the_limit(architecture: str, tmp_p
     for other in (eager, parallel):
         for one, two in zip(wanted, other, strict=True):
             assert all(relative(one[name], two[name]) < 1e-5 for name in one)
-
-
-class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the dtypes of all matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.dtypes: set[torch.dtype] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(name in str(function) for name in ("mm", "linear", "matmul", "attention")):
-            self.dtypes |= {arg.dtype for arg in args if isinstance(arg, torch.Tensor)}
-        return function(*args, **(kwargs or {}))
-
-
-def test_no_product_is_computed_in_half_precision(right_merge: Maker) -> None:
-    dtype = "float16"  # bfloat16 has a native run of its own where the processor multiplies it fast
-    base, adapter, merged = right_merge("lora", dtype)
-    with _Products() as products:
-        verdict = judge(base=base, adapter=adapter, merged=merged, dtype=dtype)
-    assert verdict.passed
-    assert torch.float32 in products.dtypes
-    assert not products.dtypes & {torch.float16, torch.bfloat16}
-
-
-def test_continues_the_same_text_with_one_layer_in_memory(right_merge: Maker, monkeypatch: Any) -> None:
-    base, adapter, merged = right_merge("lora")
-    wanted = judge(base=base, adapter=adapter, merged=merged, dtype="auto").continuations
-    monkeypatch.setattr(continuations, "WHOLE_BYTES", 0)
-    found = judge(base=base, adapter=adapter, merged=merged, dtype="auto").continuations
-    assert found == wanted
-    assert all(one.base for one in found)
-
-
-def test_says_why_a_large_model_continues_no_text(right_merge: Maker, monkeypatch: Any) -> None:
-    base, adapter, merged = right_merge("lora")
-    monkeypatch.setattr(continuations, "WHOLE_BYTES", 0)
-    monkeypatch.setattr(continuations, "READ_PARAMETERS", 0)
-    verdict = judge(base=base, adapter=adapter, merged=merged, dtype="auto")
-    assert verdict.status is Status.PASS
-    assert verdict.continuations == ()
-    assert [check.name for check in verdict.checks if check.outcome is Outcome.SKIPPED] == ["texts were continued"]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("variant", ["lora", "dora", "saved_modules"])
-def test_gives_the_same_verdict_on_a_gpu(variant: str, right_merge: Maker) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
-    base, adapter, merged = right_merge(variant)
-    verdict = judge(base=base, adapter=adapter, merged=merged, dtype="auto", device="cuda")
-    assert verdict.failures == ()
-    assert verdict.status is Status.PASS
-
-
-def test_asks_every_added_token_and_random_ids(bases: dict[str, Path]) -> None:
-    questions = make_questions(bases["llama"], rows=VOCAB, max_tokens=100, prompts=["One,"], seed=3)
-    asked = {int(number) for sequence in questions.sequences for number in sequence.ids}
-    assert {0, 1} <= {int(number) for sequence in questions.sequences[-5:-4] for number in sequence.ids[-2:]}
-    assert len(asked) > 0.8 * VOCAB
-    assert questions.sequences[0].label == "One,"

@@ -1,0 +1,87 @@
+"""Where parameters and stored buffers of a model are, and having other values there for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from runner.verify.models import bare
+
+Place = tuple[nn.Module, str]  # a module, and the name of its parameter or buffer
+
+
+@contextmanager
+def emptied(places: Mapping[str, Place]) -> Iterator[None]:
+    """Have no values in these places for as long as this lasts: float32 on the meta device.
+
+    Code that looks at a parameter's dtype sees the one that is computed with; code that uses its values fails.
+    """
+    held = {key: value_at(place) for key, place in places.items()}
+    floats = {key: torch.float32 if tensor.is_floating_point() else tensor.dtype for key, tensor in held.items()}
+    with put(places, {key: torch.empty(held[key].shape, dtype=floats[key], device="meta") for key in held}):
+        yield
+
+
+@contextmanager
+def put(places: Mapping[str, Place], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Have `values` in their places for as long as this lasts; a value without a place is an error of the caller."""
+    before = {key: value_at(places[key]) for key in values}
+    for key, value in values.items():
+        module, name = places[key]
+        if name in module._parameters:
+            module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        else:
+            module._buffers[name] = value
+    try:
+        yield
+    finally:
+        for key, held in before.items():
+            module, name = places[key]
+            home: Any = module._parameters if name in module._parameters else module._buffers
+            home[name] = held
+
+
+def places_of(model: nn.Module, units: Mapping[str, nn.Module] | None = None) -> dict[str, Place]:
+    """Return where every parameter and stored buffer is, by key; inside PEFT's `units`, the base's own."""
+    units = units or {}
+    places: dict[str, Place] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if any(path == outer or path.startswith(f"{outer}.") for outer in _outer(path, units)):
+            continue
+        places |= _own(path, module)
+    for path, unit in units.items():
+        for inner, module in bare(unit).named_modules(remove_duplicate=False):
+            places |= _own(f"{path}.{inner}".rstrip("."), module)
+    return places
+
+
+def _outer(path: str, units: Mapping[str, nn.Module]) -> list[str]:
+    found = []
+    while path:
+        if path in units:
+            found.append(path)
+        path = path.rpartition(".")[0]
+    return found
+
+
+def _own(path: str, module: nn.Module) -> dict[str, Place]:
+    names = [name for name, tensor in module._parameters.items() if tensor is not None]
+    names += [
+        name
+        for name, tensor in module._buffers.items()
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    ]
+    return {f"{path}.{name}".lstrip("."): (module, name) for name in names}
+
+
+def value_at(place: Place) -> torch.Tensor:
+    """Return what is in a place."""
+    module, name = place
+    found = module._parameters.get(name)
+    held = found if found is not None else module._buffers[name]
+    assert held is not None  # noqa: S101  (only what is there has a place)
+    return held
