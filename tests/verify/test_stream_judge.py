@@ -13,6 +13,7 @@ from runner.verify import continuations
 from runner.verify.judge import judge
 from runner.verify.prompts import make_questions
 from runner.verify.verdict import Outcome, Status
+from tests.parity import structures
 from tests.verify.conftest import Maker
 
 
@@ -70,8 +71,8 @@ def test_gives_the_same_verdict_on_a_gpu(variant: str, right_merge: Maker) -> No
 
 
 def test_asks_every_added_token_and_random_ids(bases: dict[str, Path]) -> None:
-    questions = make_questions(bases["llama"], rows=VOCAB, max_tokens=100, prompts=["One,"], seed=3)
+    questions = make_questions(bases["llama"], rows=structures.VOCAB, max_tokens=100, prompts=["One,"], seed=3)
     asked = {int(number) for sequence in questions.sequences for number in sequence.ids}
     assert {0, 1} <= {int(number) for sequence in questions.sequences[-5:-4] for number in sequence.ids[-2:]}
-    assert len(asked) > 0.8 * VOCAB
+    assert len(asked) > 0.8 * structures.VOCAB
     assert questions.sequences[0].label == "One,"
