@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _ENTITY = re.compile(r"[<>&$@]")
-_PUNCTUATION = re.compile(r"[\\`*_\[\]()#!|~^{}]|^[-+=]|:(?=\S)|(?<=\bwww)\.", re.IGNORECASE)
+_PUNCTUATION = re.compile(r"[\\`*_\[\]()#!|~^{}]|^[-+=]|:(?=\S)|(?<=www)\.", re.IGNORECASE)
 _LIST_NUMBER = re.compile(r"^(\d+)(?=[.)](?:\s|$))")
 
 

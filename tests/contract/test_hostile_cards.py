@@ -53,6 +53,7 @@ def test_a_card_that_is_not_even_yaml_changes_nothing(raw: bytes) -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(text=HOSTILE, more=HOSTILE)
+@example(text="https://evil.examplewww.evil.example", more="x")
 def test_the_body_has_no_link_and_no_markup_but_its_own(text: str, more: str) -> None:
     facts = facts_of(Inherited(), text, more)
 
