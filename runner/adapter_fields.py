@@ -44,11 +44,13 @@ def check_rank(config: Mapping[str, Any], shapes: Iterable[tuple[int, ...]]) -> 
     PEFT makes room for the ranks before it looks at the tensors, so a rank of a billion would take all memory.
 
     Raises:
-        BrokenAdapter: a rank is above every dimension of every tensor.
+        BrokenAdapter: a rank is 0, or above every dimension of every tensor.
     """
     largest = max((size for shape in shapes for size in shape), default=0)
     ranks = {"r": config.get("r"), **(config.get("rank_pattern") or {})}
     for name, rank in ranks.items():
+        if rank == 0:
+            raise _wrong(name, rank, "A rank of 0 has no change.")
         if isinstance(rank, int) and rank > largest:
             field = "r" if name == "r" else f"rank_pattern[{name[:80]!r}]"
             raise _wrong(field, rank, f"No tensor of the adapter has a dimension above {largest}.")
@@ -74,6 +76,10 @@ def _is_rank(value: object) -> bool:
     return type(value) is int and value > 0
 
 
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
 def _is_number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
@@ -97,7 +103,7 @@ _FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = MappingProxyType(
         "task_type": (_is_text, "the name of a task, such as CAUSAL_LM"),
         "base_model_name_or_path": (_is_text, "text"),
         "revision": (_is_text, "text"),
-        "r": (_is_rank, "a whole number above 0"),
+        "r": (_is_count, "a whole number, not below 0"),  # OFT's is 0 where its block size is set
         "lora_alpha": (_is_number, "a finite number"),
         "rank_pattern": (_is_map_to(_is_rank), "an object of whole numbers above 0"),
         "alpha_pattern": (_is_map_to(_is_number), "an object of finite numbers"),

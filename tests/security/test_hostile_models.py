@@ -196,6 +196,7 @@ REFUSED: Mapping[str, tuple[Attack, str]] = {
     "a method that is a path": (config_of_adapter(peft_type="../../LORA"), "../../LORA"),
     "a rank of a trillion": (config_of_adapter(r=10**12), "`r`"),
     "a negative rank": (config_of_adapter(r=-4), "`r`"),
+    "a rank of nothing": (config_of_adapter(r=0), "`r`"),
     "a rank that is text": (config_of_adapter(r="4; rm -rf /"), "`r`"),
     "a scaling that is no number": (config_of_adapter(lora_alpha=float("nan")), "lora_alpha"),
     "patterns that are a list": (config_of_adapter(rank_pattern=[["q_proj", 8]]), "rank_pattern"),
