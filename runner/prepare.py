@@ -79,11 +79,14 @@ def prepare(
         edits["torch_dtype" if "torch_dtype" in read_config(base) else "dtype"] = dtype
     if combination is not None:
         elements = sum(prod(tensor.shape) for adapter in validated for tensor in adapter.tensors.values())
+        adapter_bytes = sum(adapter.data_bytes for adapter in validated)
+        # A plan has not made their combination, whose size must not count: it is below that of all of them.
+        judge_bytes = changes.judge_bytes - changes.adapter_bytes + adapter_bytes
         changes = replace(
             changes,
-            adapter_bytes=sum(adapter.data_bytes for adapter in validated),
+            adapter_bytes=adapter_bytes,
             unit_bytes=changes.unit_bytes + 2 * 4 * elements,  # the adapters and their combination, both in float32
-            judge_bytes=changes.judge_bytes + 3 * 8 * elements,  # the judge combines in float64
+            judge_bytes=judge_bytes + 3 * 8 * elements,  # the judge combines in float64
             notes=(*changes.notes, *_notes(adapters, combination)),
         )
     check_tokenizer(base, adapters[0], getattr(attached.model.config.get_text_config(), "vocab_size", None))
