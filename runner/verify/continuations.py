@@ -6,6 +6,7 @@ a model continues fewer tokens, and none where even a few would take longer than
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from transformers import GenerationConfig
 
 from runner.verify.forward import has_decoder
+from runner.verify.models import quiet
+from runner.verify.places import put
 from runner.verify.prompts import Questions
-from runner.verify.stream import Stream, Task
+from runner.verify.stream import Origin, Stream, Task, on_device
 from runner.verify.variants import Models
 from runner.verify.verdict import Check, Continuation, Layer, Outcome
 
@@ -32,14 +35,28 @@ def continue_texts(models: Models, questions: Questions) -> tuple[tuple[Continua
     if tokens < FEWEST_TOKENS:
         return (), (_left_out(parameters),)
     generate = partial(_generate, questions=questions, tokens=tokens, device=models.device)
-    task = Task(compute=generate, tokens=len(questions.continued))
     made: dict[str, list[str]] = {}
-    for origins in [(origin,) for origin in models.alone] if is_small else [(models.base, models.merged())]:
-        stream = Stream(origins=origins, device=models.device, whole=is_small)
-        made |= next(texts for _, texts in stream.results([task]))
+    if is_small:
+        for origin in models.alone:
+            made |= _in_memory(origin, generate, models.device)
+    else:
+        stream = Stream(origins=(models.base, models.merged()), device=models.device)
+        made |= next(texts for _, texts in stream.results([Task(compute=generate, tokens=len(questions.continued))]))
     asked = (sequence.label for sequence in questions.continued)
     texts = zip(asked, made["base"], made["unmerged"], made["merged"], strict=True)
     return tuple(Continuation(prompt=ask, base=one, unmerged=two, merged=three) for ask, one, two, three in texts), ()
+
+
+def _in_memory(origin: Origin, generate: Callable[[Any], list[str]], device: str) -> dict[str, list[str]]:
+    """Return the texts of an origin's variants, each in memory as a whole: an encoder is called beside the model."""
+    made: dict[str, list[str]] = {}
+    values = origin.read(origin.variants[0].places, device)
+    for variant in origin.variants:
+        if variant.change is not None:
+            variant.change(values)
+        with put(variant.places, values), on_device(variant.model.modules(), device), quiet(), torch.no_grad():
+            made[variant.name] = generate(variant.model)
+    return made
 
 
 def _room_bytes(device: str) -> int:

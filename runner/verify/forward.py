@@ -53,7 +53,7 @@ def outputs_of(model: Any, sequence: TokenSequence, device: str) -> torch.Tensor
             ids = torch.cat([ids[ids != end][None], torch.full_like(ids[:, :1], end)], dim=1)
             inputs["decoder_input_ids"] = ids
     if model.main_input_name == "input_features":
-        inputs["input_features"] = _sound(model, sequence)
+        inputs["input_features"] = _sound(model, sequence, device)
     else:
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     takes = inspect.signature(model.forward).parameters
@@ -107,12 +107,12 @@ class Errors:
         return off / size if size > 0 else math.inf
 
 
-def _sound(model: Any, sequence: TokenSequence) -> torch.Tensor:
+def _sound(model: Any, sequence: TokenSequence, device: str) -> torch.Tensor:
     """Return random log-mel features of the length that the model takes, the same for the same sequence."""
     config = model.config
     generator = torch.Generator().manual_seed(int(sequence.ids.sum()))
     shape = (1, int(config.num_mel_bins), 2 * int(config.max_source_positions))
-    return torch.randn(shape, generator=generator).to(next(model.parameters()).device)
+    return torch.randn(shape, generator=generator).to(device)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -129,7 +129,7 @@ class Stream:
                 stack.enter_context(emptied(variant.places))
             for model in models:
                 outside = (module for path, module in model.named_modules() if not _is_inside(path, self._stages))
-                stack.enter_context(_on_device(outside, self.device))
+                stack.enter_context(on_device(outside, self.device))
                 forwards[id(model)] = stack.enter_context(stopping_at(model, self._stages))
             runs = {
                 (number, variant.name): Run(_bound(tasks[number], variant), pool)
@@ -185,7 +185,7 @@ class Stream:
                     variant.change(values)
                 forward = forwards[id(variant.model)][path]
                 stage = variant.model.get_submodule(path)
-                with put(variant.places, values), _on_device(stage.modules(), self.device):
+                with put(variant.places, values), on_device(stage.modules(), self.device):
                     for key in (key for key in keys if key[1] == variant.name):
                         call = waiting[key]
                         while call is not None and call.path == path:
@@ -251,7 +251,7 @@ def _is_at(call: Call | None, path: str) -> bool:
 
 
 @contextmanager
-def _on_device(modules: Iterable[nn.Module], device: str) -> Iterator[None]:
+def on_device(modules: Iterable[nn.Module], device: str) -> Iterator[None]:
     """Have the modules' own parameters and buffers that have values on `device` for as long as this lasts."""
     parameters, buffers = [], []
     for module in modules:
