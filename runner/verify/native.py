@@ -22,7 +22,7 @@ from peft import PeftModel
 
 from runner.verify.figures import Native
 from runner.verify.forward import outputs_of
-from runner.verify.models import LOAD_ERRORS, first_line, model_class, quiet
+from runner.verify.models import LOAD_ERRORS, NO_ADAPTER, first_line, model_class, quiet
 from runner.verify.prompts import TokenSequence
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -75,7 +75,11 @@ def _obstacle(merged: Path, dtype: str, device: str, gold: Gold) -> str:
 def _load(folder: Path, dtype: str, device: str) -> Any:
     with quiet():
         model = model_class(folder).from_pretrained(
-            str(folder), dtype=_DTYPES[dtype], local_files_only=True, trust_remote_code=False
+            str(folder),
+            dtype=_DTYPES[dtype],
+            local_files_only=True,
+            trust_remote_code=False,
+            adapter_kwargs=NO_ADAPTER,
         )
     return model.eval().requires_grad_(False).to(device)
 

@@ -62,6 +62,7 @@ def play(
     hub: LocalHub,
     secrets: Mapping[str, str],
     names: Mapping[str, str],
+    identity: Mapping[str, str] | None = None,
 ) -> Played:
     """Run one example.
 
@@ -74,6 +75,7 @@ def play(
         hub: where everything goes.
         secrets: of the repository.
         names: what stands in the example → what it is here.
+        identity: variables that GitHub's runner gives a job with `id-token: write`, and the simulator does not.
     """
     _place(example, checkout, names={**names, ACTION: "./.action"}, image=image)
     payload = checkout.parent / f"{example}.event.json"
@@ -84,8 +86,9 @@ def play(
     command += ["--pull=false", "--action-offline-mode", "--network", "host", "--bind"]
     for label in RUNNERS:
         command += ["-P", f"{label}={runner_image}"]
-    for name in ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "NO_PROXY"):
-        command += ["--env", f"{name}={hub.env()[name]}"]
+    given = {name: hub.env()[name] for name in ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "NO_PROXY")}
+    for name, value in {**given, **(identity or {})}.items():
+        command += ["--env", f"{name}={value}"]
     secret_file = checkout.parent / f"{example}.secrets"
     secret_file.write_text("".join(f"{name}={value}\n" for name, value in secrets.items()))
     command += ["--secret-file", str(secret_file)]

@@ -13,6 +13,7 @@ import pytest
 
 from tests.e2e.conftest import BASE_IMAGE
 from tests.e2e.simulator import EXAMPLES, Played, build_runner_image, event, play
+from tests.hub.identity import IdentityProvider
 from tests.hub.server import LocalHub
 
 pytestmark = pytest.mark.docker
@@ -57,11 +58,17 @@ def simulate(
         _adapter(models, checkout / place)
     secrets = {"HF_TOKEN": hub.add_token("alice", role="write")}
 
-    def run(example: str, happening: Mapping[str, Any], **more: str) -> Played:
-        names = {**NAMES, "registry.example/org/lora-merge-action:v1.0.0": image}
+    def run(
+        example: str, happening: Mapping[str, Any], identity: Mapping[str, str] | None = None, **more: str
+    ) -> Played:
+        names = {
+            **NAMES,
+            **({"you/your-model": "alice/keyless"} if identity else {}),
+            "registry.example/org/lora-merge-action:v1.0.0": image,
+        }
         return play(
             example, happening, checkout=checkout, image=image, runner_image=runner_image, hub=hub,
-            secrets={**secrets, **more}, names=names,
+            secrets={} if identity else {**secrets, **more}, names=names, identity=identity,
         )  # fmt: skip
 
     return run
@@ -143,6 +150,19 @@ def test_a_pull_request_shows_its_plan(simulate: Play, hub: LocalHub) -> None:
     assert "gh pr comment 7 --repo alice/adapters --body-file plan/report.md" in played.log
     assert "### Plan" in played.log
     assert _tags(hub, "alice/model") == before
+
+
+def test_a_job_with_an_identity_publishes_without_a_secret(simulate: Play, hub: LocalHub, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("To be filled by releases.")
+    hub.add_model("alice/keyless", tmp_path)
+    with IdentityProvider.start("alice/adapters", ref="refs/tags/v5.0.0") as provider:
+        hub.trust("alice/keyless", provider.issuer, repository="alice/adapters")
+        released = event("release", action="published", release={"tag_name": "v5.0.0", "draft": False})
+
+        played = simulate("keyless.yml", released, identity=provider.env())
+
+    assert played.code == 0, played.log
+    assert _tags(hub, "alice/keyless") == {"v5.0.0", "latest"}
 
 
 def test_every_example_is_played_here() -> None:
