@@ -60,7 +60,7 @@ def probe_modules(unmerged: Unmerged, sources: Sources, seed: int) -> Iterator[P
     for number, (path, unit) in enumerate(unmerged.units.items()):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         try:
-            with torch.no_grad(), unmerged.in_memory(path):
+            with torch.no_grad(), unmerged.in_memory(path, single=isinstance(unit, ParamWrapper)):
                 probe = _probe(path, unit, sources, generator, floor)
         except LOAD_ERRORS as error:
             probe = Probe(module=path, error=None, detail=f"PEFT's layer does not run in float64: {first_line(error)}")

@@ -93,11 +93,18 @@ class Unmerged:
         return values | {key: self.padded[key].to(device) for key in wanted if key in self.padded}
 
     @contextmanager
-    def in_memory(self, path: str) -> Iterator[None]:
-        """Have the base's own values below `path` in the model for as long as this lasts, placeholders or not."""
+    def in_memory(self, path: str, *, single: bool = False) -> Iterator[None]:
+        """Have the base's own values below `path` in the model for as long as this lasts, placeholders or not.
+
+        Args:
+            path: of a unit.
+            single: floats in float32, and not as stored: PEFT rounds factors to the dtype of the parameter they change.
+        """
         keys = [key for key in self.places if key.startswith(f"{path}.")]
         values = {key: self.tensors[key].detach() for key in keys}
         values |= self.base.read([key for key in keys if key in self.base.computed and key in self.on_disk])
+        if single:
+            values = {key: value.float() if value.is_floating_point() else value for key, value in values.items()}
         with put(self.places, values):
             yield
 
