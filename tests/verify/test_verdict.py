@@ -50,7 +50,8 @@ def test_asks_texts_chats_and_random_ids_and_the_users_prompts_first(tmp_path: P
     questions = make_questions(tmp_path, rows=VOCABULARY, max_tokens=160, prompts=["Plain.", chat], seed=4)
     labels = [sequence.label for sequence in questions.sequences]
     assert labels[:2] == ["Plain.", "Who goes there?"]
-    assert len(labels) == 2 + len(TEXTS) + len(CHATS) + 4
+    assert len(labels) == 2 + len(TEXTS) + len(CHATS) + 1 + 4
+    assert labels[-5:] == ["added tokens 1", *(f"random ids {number}" for number in (1, 2, 3, 4))]
     chats = questions.text(questions.sequences[1].ids)
     assert chats == "<|user|>Who goes there?\n<|assistant|>"
     assert all(2 <= len(sequence.ids) <= 128 for sequence in questions.sequences)
