@@ -33,7 +33,8 @@ on a loopback socket: one with the fault, and one without it on a machine that r
 tools.faults` runs them and writes this page; a sample is in `tests/acceptance`.
 
 - **released**: the first run survives the fault. **refused, N**: it ends with the exit code N and there is no tag; the
-  rerun then releases.
+  rerun then releases. **unfinished, N**: the release is whole, and the error says what comes after it and is missing;
+  the rerun does that.
 - In every row, afterwards: one commit, one tag on it, every file of the right digest, and the weights taken by the Hub
   at most once. What is otherwise has a note.
 - A fault is one call that fails, or, without "once", every call of its step.
@@ -112,7 +113,9 @@ def _kept(path: Path) -> Iterator[Outcome]:
 
 
 def _cell(outcome: Outcome) -> str:
-    return "released" if not outcome.code else f"refused, {outcome.code}"
+    if not outcome.code:
+        return "released"
+    return f"{outcome.case.ends_with(outcome.protocol)}, {outcome.code}"
 
 
 def _text(told: str) -> str:

@@ -18,8 +18,10 @@ import transformers
 from peft import LoraConfig
 
 from tests.acceptance.warmth import ROOT, Warmth, warmed
+from tests.hub.identity import IdentityProvider
 from tests.hub.server import LocalHub
 from tests.hub.state import Limits
+from tests.hub.view import RepoView
 from tests.parity import models
 
 REPO = "alice/model"
@@ -163,19 +165,33 @@ def large_bytes(hub: LocalHub, revision: str = TAG) -> int:
     return sum(len(repo.read(path, revision)) for path in is_large if is_large[path])
 
 
-def wrong_in_release(hub: LocalHub, merged_digest: str) -> list[str]:
+@contextmanager
+def identity(hub: LocalHub, *, wanted: bool) -> Iterator[dict[str, str]]:
+    """Yield what a job has in its environment that may publish to the target without a token; nothing if not wanted."""
+    if not wanted:
+        yield {}
+        return
+    with IdentityProvider.start("acme/training") as provider:
+        hub.trust(REPO, provider.issuer, repository="acme/training", workflow="publish.yml")
+        github = {"GITHUB_EVENT_NAME": "workflow_dispatch", "HF_TOKEN": ""}
+        yield provider.env() | github
+
+
+def wrong_in_release(
+    hub: LocalHub, merged_digest: str, aliases: Sequence[str] = (), *, staged: bool = False
+) -> list[str]:
     """Return what is wrong with the release under the tag, read past the protocol; nothing for a right one.
 
     Args:
         hub: the Hub.
         merged_digest: of the merge, from a run without faults.
+        aliases: tags that must be on the same commit.
+        staged: whether main has a commit of its own.
     """
     repo = hub.repo(REPO)
     if repo is None or TAG not in repo.tags:
         return [f"there is no tag {TAG}"]
-    found = [] if set(repo.tags) == {TAG} else [f"the tags are {sorted(repo.tags)}"]
-    if repo.tags[TAG] != repo.branches["main"]:
-        found.append("the tag is not on the head of main")
+    found = _wrong_refs(repo, {TAG, *aliases}, staged=staged)
     tree = repo.tree(TAG)
     manifest = json.loads(repo.read("merge-manifest.json", TAG))
     if manifest["merged_digest"] != merged_digest:
@@ -189,6 +205,17 @@ def wrong_in_release(hub: LocalHub, merged_digest: str) -> list[str]:
     if not any(line.endswith(".safetensors\n") for line in lines):
         found.append("there are no weights")
     return found
+
+
+def _wrong_refs(repo: RepoView, wanted: set[str], *, staged: bool) -> list[str]:
+    rules = (
+        (set(repo.tags) == wanted, f"the tags are {sorted(repo.tags)}"),
+        (len(set(repo.tags.values())) == 1, "the tags are on several commits"),
+        (set(repo.branches) == {"main"}, f"the branches are {sorted(repo.branches)}"),
+        (staged or repo.tags[TAG] == repo.branches["main"], "the tag is not on the head of main"),
+        (repo.tree("main") == repo.tree(TAG), "main holds other files than the tag"),
+    )
+    return [text for is_so, text in rules if not is_so]
 
 
 def _path(file: Mapping[str, str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from tests.hub.faults import FOREVER, Kind, Rule
 
 Protocol = Literal["LFS", "Xet"]
-Ends = Literal["released", "refused"]
+Ends = Literal["released", "refused", "unfinished"]
 PROTOCOLS: tuple[Protocol, ...] = ("LFS", "Xet")
 
 # A step's endpoint in each protocol; all other steps are named as their endpoint.
@@ -33,10 +33,14 @@ class Case:
         step: where; a key of `STEPS`, or an endpoint of the Hub.
         fault: what happens, for people.
         rule: without its endpoint.
-        ends: `released` (the run itself survives the fault) or `refused` (an error, and no tag).
+        ends: `released` (the run itself survives the fault), `refused` (an error, and no tag) or `unfinished` (the
+            release is whole; an error says what comes after it and is missing).
         says: must be in what is told of a refusal.
         existing: whether the target is there before.
         new_token: whether the rerun needs another token.
+        flags: more inputs of both runs.
+        keyless: whether the job has an identity instead of a token.
+        commits: that both runs make together.
         spare_commit: whether a commit that must not be used stays on the branch.
         resends: how often the weights may be taken by the Hub in both runs together.
         why: of anything that is not the rule: no tag, one commit, every byte once.
@@ -50,6 +54,9 @@ class Case:
     says: str = ""
     existing: bool = False
     new_token: bool = False
+    flags: tuple[str, ...] = ()
+    keyless: bool = False
+    commits: int = 1
     spare_commit: bool = False
     resends: Mapping[Protocol, float] = field(default_factory=dict)
     why: str = ""
@@ -176,6 +183,28 @@ CASES: tuple[Case, ...] = (
     _case("create-tag", "reset before the body", "released", kind=Kind.RESET_BEFORE),
     _case("create-tag", "the token expires", "refused", "not accepted", kind=Kind.EXPIRED, new_token=True),
 )  # fmt: skip
+
+_STAGED: Mapping[str, Any] = {
+    "flags": ("--staging", "true"), "existing": True, "commits": 2,
+    "why": "staged: the second commit brings the branch to the tag",
+}  # fmt: skip
+_ALIAS: Mapping[str, Any] = {"flags": ("--also-tags", "latest"), "existing": True}
+
+CASES += (
+    _case("create-branch", "503 once, staged", "released", **_STAGED),
+    _case("create-branch", "made, the answer is lost, staged", "released", kind=Kind.APPLIED_RESET, **_STAGED),
+    _case("commit", "made, the answer is lost, staged", "released", kind=Kind.APPLIED_RESET, **_STAGED),
+    _case("commit", "503 after the tag, staged", "unfinished", "503", nth=2, times=FOREVER, **_STAGED),
+    _case("commit", "the answer after the tag is lost, staged", "released", kind=Kind.APPLIED_RESET, nth=2, **_STAGED),
+    _case("delete-branch", "503 once, staged", "released", **_STAGED),
+    _case("delete-branch", "done, the answer is lost, staged", "released", kind=Kind.APPLIED_RESET, **_STAGED),
+    _case("create-tag", "503 for the alias", "unfinished", "503", nth=2, times=FOREVER, **_ALIAS),
+    _case("create-tag", "the answer for the alias is lost", "released", kind=Kind.APPLIED_RESET, nth=2, **_ALIAS),
+    _case("exchange", "503 once, keyless", "released", keyless=True, existing=True),
+    _case("exchange", "403, keyless", "refused", "403", status=403, times=FOREVER, keyless=True, existing=True),
+    _case("commit", "the token expires, keyless", "released", kind=Kind.EXPIRED, keyless=True, existing=True),
+    _case("create-tag", "the token expires, keyless", "released", kind=Kind.EXPIRED, keyless=True, existing=True),
+)
 
 # What the tests run; the program that writes docs/faults.md runs them all.
 SAMPLE = (

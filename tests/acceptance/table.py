@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.acceptance.action import (
+    TAG,
     Stage,
     a_hub,
     accepted_bytes,
     commits,
+    identity,
     large_bytes,
     problems_of,
     tags,
@@ -58,22 +60,26 @@ def run_case(stage: Stage, case: Case, protocol: Protocol, folder: Path, merged_
     with a_hub(folder / "hub", existing=case.existing) as (hub, token):
         before = commits(hub)
         hub.inject(case.rule_for(protocol))
-        first = stage.run(hub, token, folder / "first", xet=xet)
+        aliases = ("latest",) if "latest" in case.flags else ()
+        staged = "--staging" in case.flags
+        with identity(hub, wanted=case.keyless) as environ:
+            first = stage.run(hub, token, folder / "first", *case.flags, xet=xet, environ=environ)
         wrong = problems_of(first, [token])
         wrong += _wrong_in_first(case, case.ends_with(protocol), first.code, first.told, tags(hub))
         if not hub.fired():
             wrong.append("the fault did not happen")
         if case.ends_with(protocol) == "released":
-            wrong += wrong_in_release(hub, merged_digest)
+            wrong += wrong_in_release(hub, merged_digest, aliases, staged=staged)
         hub.heal()
         again = hub.add_token("alice") if case.new_token else token
-        second = stage.run(hub, again, folder / "second", xet=xet)
+        with identity(hub, wanted=case.keyless) as environ:
+            second = stage.run(hub, again, folder / "second", *case.flags, xet=xet, environ=environ)
         wrong += problems_of(second, [token, again])
         if second.code:
             wrong.append(f"the rerun ends with {second.code}: {second.told}")
-        wrong += wrong_in_release(hub, merged_digest)
+        wrong += wrong_in_release(hub, merged_digest, aliases, staged=staged)
         made = commits(hub) - (before or 1)
-        if made != 1 + case.spare_commit:
+        if made != case.commits + case.spare_commit:
             wrong.append(f"{made} commits were made")
         sent = accepted_bytes(hub) / large_bytes(hub) if not wrong else 0.0
     if sent > case.resends.get(protocol, 1.0) * OVERHEAD:
@@ -85,12 +91,14 @@ def run_case(stage: Stage, case: Case, protocol: Protocol, folder: Path, merged_
 
 
 def _wrong_in_first(case: Case, ends: Ends, code: int, told: str, tagged: dict[str, str]) -> list[str]:
+    if ends == "unfinished" and TAG not in tagged:
+        return ["there is no tag"]
     if ends == "released":
         return [f"it ends with {code}: {told}"] if code else []
     found = [] if code else ["it ends well, though it cannot"]
     if not re.search(case.says, told):
         found.append(f"it does not say {case.says!r}: {told}")
-    if tagged:
+    if tagged and ends == "refused":
         found.append(f"there is a tag: {tagged}")
     return found
 

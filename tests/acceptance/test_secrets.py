@@ -17,13 +17,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
+from huggingface_hub import HfApi
 
 from tests.acceptance.action import REPO, TAG, Stage, a_hub
+from tests.hub.accounts import Accounts
 from tests.hub.faults import FOREVER, Kind
+from tests.hub.identity import IdentityProvider
 from tests.hub.server import LocalHub
 from tests.unit.test_signature import pem_of
 
@@ -61,13 +65,12 @@ def _forms_of_line(value: str) -> Iterator[bytes]:
 class Watch:
     """Looks at every process below one, and at the files of a folder, as often as it can."""
 
-    planted: Planted
     root: int
     folder: Path
     looks: int = 0
     ended_well: bool = False
     workers: int = 0
-    seen: dict[str, set[str]] = field(default_factory=dict)
+    contents: dict[str, set[bytes]] = field(default_factory=dict)
     _end: threading.Event = field(default_factory=threading.Event)
 
     def watch(self) -> None:
@@ -79,6 +82,11 @@ class Watch:
             self.looks += 1
             time.sleep(0.01)
         self.ended_well = True
+
+    def found(self, planted: Planted) -> dict[str, set[str]]:
+        """Return where a secret was, with its name."""
+        every = {place: planted.found_in(b"\n".join(contents)) for place, contents in self.contents.items()}
+        return {place: names for place, names in every.items() if names}
 
     def end(self) -> None:
         """Stop looking."""
@@ -99,8 +107,7 @@ class Watch:
                 self._note(f"the file {path.relative_to(self.folder)}", content)
 
     def _note(self, place: str, content: bytes) -> None:
-        if found := self.planted.found_in(content):
-            self.seen.setdefault(place, set()).update(found)
+        self.contents.setdefault(place, set()).add(content)
 
 
 def _below(root: int) -> Iterator[int]:
@@ -127,7 +134,7 @@ class Scene:
     planted: Planted
     folder: Path
 
-    def run(self, *flags: str) -> tuple[int, str, Watch]:
+    def run(self, environ_of_job: Mapping[str, str] | None = None) -> tuple[int, str, Watch]:
         """Run the action as a step of a workflow does; return its code, its log, and what was watched."""
         (self.folder / "temp").mkdir()
         files = {name: self.folder / name for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY", "GITHUB_STATE")}
@@ -146,13 +153,14 @@ class Scene:
             "ACTIONS_ID_TOKEN_REQUEST_TOKEN": values["id-token request"],
             "ACTIONS_RUNTIME_TOKEN": values["runtime token"],
             **{name: str(path) for name, path in files.items()},
+            "HF_TOKEN": "",
+            **(environ_of_job or {}),
         }
-        environ.pop("HF_TOKEN", None)
         process = subprocess.Popen(
-            self.stage.command(self.folder, "--work-dir", str(self.folder / "work"), *flags),
+            self.stage.command(self.folder, "--work-dir", str(self.folder / "work")),
             cwd=self.folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
-        watch = Watch(planted=self.planted, root=process.pid, folder=self.folder)
+        watch = Watch(root=process.pid, folder=self.folder)
         thread = threading.Thread(target=watch.watch)
         thread.start()
         log, _ = process.communicate(timeout=180)
@@ -200,10 +208,52 @@ def test_no_secret_is_anywhere_but_where_it_must_be(scene: Scene) -> None:
     assert code == 0, log
     assert watch.looks > 20
     assert watch.workers > 5
-    assert watch.seen == {}
+    assert watch.found(scene.planted) == {}
     assert scene.planted.found_in(scene.without_masks(log)) == set()
     assert TAG in (scene.hub.repo(REPO) or pytest.fail("nothing was published")).tags
     assert scene.planted.found_in(_published(scene.hub)) == set()
+
+
+def _recorded(monkeypatch: pytest.MonkeyPatch, kind: type, name: str) -> list[str]:
+    """Return a list that gets every text that a method returns from now on."""
+    returned: list[str] = []
+    method = getattr(kind, name)
+
+    def record(self: Any, *more: Any, **named: Any) -> str:
+        returned.append(method(self, *more, **named))
+        return returned[-1]
+
+    monkeypatch.setattr(kind, name, record)
+    return returned
+
+
+def test_what_a_job_gets_for_its_identity_is_nowhere_either(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = scene.planted.values
+    HfApi(endpoint=scene.hub.endpoint, token=given["hf-token"]).create_repo(REPO, private=True)
+    minted = _recorded(monkeypatch, IdentityProvider, "mint")
+    exchanged = _recorded(monkeypatch, Accounts, "add_token")
+    with IdentityProvider.start("acme/training") as provider:
+        scene.hub.trust(REPO, provider.issuer, repository="acme/training", workflow="publish.yml")
+        environ = {**provider.env(), "INPUT_HF-TOKEN": ""}
+
+        code, log, watch = scene.run(environ)
+
+    planted = Planted(
+        {
+            "request token": environ["ACTIONS_ID_TOKEN_REQUEST_TOKEN"],
+            "base-token": given["base-token"],
+            **{f"id token {number}": token for number, token in enumerate(minted)},
+            **{f"token of the Hub {number}": token for number, token in enumerate(exchanged)},
+        }
+    )
+    assert code == 0, log
+    assert minted
+    assert exchanged
+    assert watch.found(planted) == {}
+    assert planted.found_in(scene.without_masks(log)) == set()
+    assert planted.found_in(_published(scene.hub)) == set()
+    for token in (*minted, *exchanged):
+        assert f"::add-mask::{token}" in log
 
 
 def test_no_secret_is_in_what_an_error_tells_though_the_hub_repeats_it(scene: Scene) -> None:
@@ -213,7 +263,7 @@ def test_no_secret_is_in_what_an_error_tells_though_the_hub_repeats_it(scene: Sc
     code, log, watch = scene.run()
 
     assert code == 9, log
-    assert watch.seen == {}
+    assert watch.found(scene.planted) == {}
     assert scene.planted.found_in(scene.without_masks(log)) == set()
 
 
@@ -223,14 +273,14 @@ def test_the_scanner_finds_what_is_planted(tmp_path: Path) -> None:
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "x.json").write_bytes(b"..." + base64.b64encode(b"ab" + value.encode() + b"c") + b"...")
     process = subprocess.Popen(["sh", "-c", "sleep 0.5; true", value], env={"PATH": os.environ["PATH"]})
-    watch = Watch(planted=planted, root=process.pid, folder=tmp_path)
+    watch = Watch(root=process.pid, folder=tmp_path)
     thread = threading.Thread(target=watch.watch)
     thread.start()
     process.wait()
     watch.end()
     thread.join()
 
-    assert {place.split(" ")[1] for place in watch.seen} == {"arguments", "file"}
+    assert {place.split(" ")[1] for place in watch.found(planted)} == {"arguments", "file"}
     for form in (value, value.encode().hex(), quote(f"a b {value}")):
         assert planted.found_in(form.encode()) == {"it"}
     assert planted.found_in(b"nothing") == set()
