@@ -46,7 +46,7 @@ class Report:
         problems: why the run ended early.
         phases: (name, seconds) in their order.
         versions: library → version.
-        checksums: `checksums.txt` of the release that this run published; None where it published none.
+        checksums: `checksums.txt` of the release; None where there is none.
         cache_bytes: of what came from the Hub, (found in the cache, downloaded); None where nothing was asked for.
     """
 

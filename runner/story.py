@@ -17,7 +17,7 @@ from runner.card import CardFacts
 from runner.checkpoint.digests import MergedCheckpoint, digest_folder, digest_of
 from runner.converted import Pickles
 from runner.documents import make_documents, merge_facts
-from runner.errors import LaunchError, PublishError
+from runner.errors import HubError, LaunchError, PublishError
 from runner.events import Event, Judged, Merged, PhaseStarted, Planned, Progress, ShardReady, Told
 from runner.github import GitHub
 from runner.hub import Traffic
@@ -29,15 +29,7 @@ from runner.loading import read_loading
 from runner.orders import worker_job, worker_wish
 from runner.pictures import draw
 from runner.plan import PlanSummary
-from runner.preflight import (
-    Resolved,
-    check_disks,
-    fetch_base,
-    fetch_merged,
-    open_destination,
-    open_hubs,
-    resolve,
-)  # fmt: skip
+from runner.preflight import Resolved, check_disks, fetch_base, fetch_merged, open_destination, open_hubs, resolve
 from runner.provenance import CHECKSUMS, released
 from runner.publish import Destination, EarlyUpload, Release, ToPublish
 from runner.record import Record
@@ -79,8 +71,8 @@ class Story:
             existing = destination.find(digest, self.github.info) if destination is not None else None
             if existing is None:
                 check_disks(self.inputs, hubs, resolved, work=self.work.path, cache=cache)
-        if existing is not None:
-            self._nothing_to_do(existing)
+        if existing is not None and destination is not None:
+            self._nothing_to_do(destination, existing)
             return
         wish = worker_wish(self.inputs, self.environ, self.work, cache)
         with launch(wish, log=self._relay, say=self.github.info) as worker, self._early(destination):
@@ -206,7 +198,6 @@ class Story:
             documents = make_documents(card, merged.files, key=key, archived=[kept.file for kept in archived])
             if key is not None:
                 self.github.info(f"Signed with the key {key.fingerprint}.")
-            record.checksums = documents[CHECKSUMS]
             record.release = destination.publish(
                 ToPublish(
                     folder=merged.root,
@@ -221,6 +212,7 @@ class Story:
                 on_progress=self._upload_progress(),
             )
         release = record.release
+        self._read_checksums(destination, release)
         self.github.info(f"Published {release.url}{f', commit {release.commit}' if release.commit else ''}.")
 
     def _card_facts(
@@ -274,7 +266,7 @@ class Story:
         with self.early or nullcontext():
             yield
 
-    def _nothing_to_do(self, release: Release) -> None:
+    def _nothing_to_do(self, destination: Destination, release: Release) -> None:
         if release.status is Status.NOT_VERIFIED and not self.inputs.allow_not_verified:
             raise PublishError(
                 f"The tag {release.tag} of {release.repo_id} holds this merge, which was not verified.",
@@ -282,9 +274,18 @@ class Story:
                 fix="Choose a new tag once the merge can be verified, or set `allow-not-verified: true`.",
             )
         self.record.release = release
+        self._read_checksums(destination, release)
         self.github.info(
             f"{release.url} is there already{f', on {release.commit}' if release.commit else ''}: nothing to do."
         )
+
+    def _read_checksums(self, destination: Destination, release: Release) -> None:
+        if release.status is None:
+            return  # the tag holds something else
+        try:
+            self.record.checksums = destination.read(release, CHECKSUMS)
+        except (HubError, OSError) as error:  # the release is whole without it
+            self.github.info(f"{CHECKSUMS} of the release could not be read: {error}")
 
     def _relay(self, line: str) -> None:
         self.github.info(f"[worker] {line}")

@@ -187,22 +187,35 @@ class Hub(Writing):
             revision: a commit or tag.
             tree: the files at that revision, where they are known already.
         """
-        entry = (self.tree(repo_id, revision) if tree is None else tree).get(MANIFEST)
+        content = self.read_file(repo_id, MANIFEST, revision, tree)
+        if content is None:
+            return None
+        try:
+            manifest = parse_json(content)
+        except ValueError:
+            return None
+        return manifest if isinstance(manifest, dict) else None
+
+    def read_file(self, repo_id: str, path: str, revision: str, tree: Tree | None = None) -> bytes | None:
+        """Return a small file at `revision`, or None where there is none of at most `MAX_MANIFEST_BYTES`.
+
+        Args:
+            repo_id: `owner/name`.
+            path: of the file.
+            revision: a commit or tag.
+            tree: the files at that revision, where they are known already.
+        """
+        entry = (self.tree(repo_id, revision) if tree is None else tree).get(path)
         if entry is None or entry.size_bytes > MAX_MANIFEST_BYTES:
             return None
         with tempfile.TemporaryDirectory() as folder:
 
             def fetch() -> bytes:
                 token = self._login.token()
-                path = self._api.hf_hub_download(repo_id, MANIFEST, revision=revision, token=token, local_dir=folder)
-                return Path(path).read_bytes()
+                there = self._api.hf_hub_download(repo_id, path, revision=revision, token=token, local_dir=folder)
+                return Path(there).read_bytes()
 
-            content = self._caller.read(f"read {MANIFEST} of {repo_id}", fetch)
-        try:
-            manifest = parse_json(content)
-        except ValueError:
-            return None
-        return manifest if isinstance(manifest, dict) else None
+            return self._caller.read(f"read {path} of {repo_id}", fetch)
 
     def history(self, repo_id: str, revision: str) -> tuple[tuple[str, datetime], ...]:
         """Return the commits of a revision with their times (the Hub's clock), newest first."""

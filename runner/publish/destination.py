@@ -77,6 +77,10 @@ class Destination(Protocol):
         """Return the release, after it was read back."""
         ...
 
+    def read(self, release: Release, path: str) -> bytes | None:
+        """Return a small file of the release as it is there; None where it has none."""
+        ...
+
 
 @dataclass(slots=True, kw_only=True)
 class HubDestination:
@@ -144,6 +148,10 @@ class HubDestination:
             log=say,
         )
 
+    def read(self, release: Release, path: str) -> bytes | None:
+        """See `Hub.read_file`."""
+        return self.hub.read_file(self.repo_id, path, release.commit)
+
     def _seen(self) -> Target:
         if self.target is None:
             raise ValueError("not inspected")
@@ -200,3 +208,8 @@ class FolderDestination:
         if found.status is not None:
             link_aliases(self.root, self.wanted, say, only_forward=not found.created)
         return found
+
+    def read(self, release: Release, path: str) -> bytes | None:
+        """Return the file of the tag's sub-folder."""
+        there = place_of(self.root, self.wanted.tag) / path
+        return there.read_bytes() if there.is_file() else None

@@ -123,6 +123,8 @@ def test_the_same_release_again_is_nothing_to_do_though_signatures_differ(signed
 
     assert again.code == 0, again.log
     assert "nothing to do" in again.log
+    path = signed.folder / "again" / again.report["outputs"]["checksums-path"]
+    assert path.read_bytes() == (signed.folder / "run" / signed.ended.report["outputs"]["checksums-path"]).read_bytes()
     assert (commits(signed.hub), tags(signed.hub)) == before
 
 
