@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -30,6 +29,7 @@ from runner.checkpoint.conversion import Conversion
 from runner.checkpoint.layout import Checkpoint, read_checkpoint
 from runner.checkpoint.names import map_names
 from runner.verify.models import NO_ADAPTER, model_class, quiet
+from runner.verify.places import place_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,7 @@ class Loaded:
         by_file = defaultdict(list)
         for name in names:
             by_file[self.checkpoint.tensors[name].file].append(name)
-        before = {key: _place(self.model, key) for key in self.model.state_dict()}
+        before = {key: place_of(self.model, key) for key in self.model.state_dict()}
         empty = {key: getattr(module, name) for key, (module, name) in before.items()}
         with ExitStack() as stack, quiet():
             slices: dict[str, Any] = {}
@@ -155,7 +155,7 @@ def load_folder(root: Path, wanted: Any = None, **options: Any) -> Loaded:
 def _fill_buffers(model: PreTrainedModel) -> None:
     """Give the buffers that no file holds (rotary frequencies, masks) their values, as `from_pretrained` does."""
     for key, _ in model.named_non_persistent_buffers():
-        module, _ = _place(model, key)
+        module, _ = place_of(model, key)
         module.__dict__.pop("_is_hf_initialized", None)  # set while it was on the meta device, where nothing is filled
     model._move_missing_keys_from_meta_to_device(set(), {"": "cpu"}, None, None)
     model._initialize_missing_keys(False)
@@ -171,8 +171,3 @@ def _tied(model: PreTrainedModel, filled: set[str]) -> dict[str, str]:
         origin = next((key for key in keys if key in filled), keys[0])
         tied |= {key: origin for key in keys if key not in filled and key != origin}
     return tied
-
-
-def _place(model: nn.Module, key: str) -> tuple[nn.Module, str]:
-    path, _, name = key.rpartition(".")
-    return model.get_submodule(path), name

@@ -14,6 +14,12 @@ from runner.verify.models import bare
 Place = tuple[nn.Module, str]  # a module, and the name of its parameter or buffer
 
 
+def place_of(model: nn.Module, key: str) -> Place:
+    """Return where the parameter or buffer of a key is; its module must exist."""
+    path, _, name = key.rpartition(".")
+    return model.get_submodule(path), name
+
+
 @contextmanager
 def emptied(places: Mapping[str, Place]) -> Iterator[None]:
     """Have no values in these places for as long as this lasts: float32 on the meta device.

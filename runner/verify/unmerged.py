@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from runner.errors import AdapterMismatch
 from runner.verify.loader import Loaded, load_folder
 from runner.verify.models import LOAD_ERRORS, first_line, quiet, unbuildable
-from runner.verify.places import Place, places_of, put, value_at
+from runner.verify.places import Place, place_of, places_of, put, value_at
 from runner.verify.recipe import read_adapter_config
 
 # Methods, LoRA initialisations and LoRA variants that make something of the base's values, or round to its dtype.
@@ -217,7 +217,7 @@ def _mapped(base: Loaded, *, whole: bool) -> tuple[PreTrainedModel, dict[str, to
             empty = torch.zeros(())
             values[key] = empty.expand(shape) if key in base.computed and key not in lost else torch.zeros(shape)
     for key, value in values.items():
-        module, name = _place(model, key)
+        module, name = place_of(model, key)
         if name in module._parameters:
             module._parameters[name] = nn.Parameter(value, requires_grad=False)
         else:
@@ -232,11 +232,6 @@ def _padded(stored: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     both = tuple(slice(min(pair)) for pair in zip(stored.shape, shape, strict=True))
     value[both] = stored[both].float()
     return value
-
-
-def _place(model: nn.Module, key: str) -> Place:
-    path, _, name = key.rpartition(".")
-    return model.get_submodule(path), name
 
 
 def _state(tensor: torch.Tensor) -> tuple[int, int, torch.Size]:
