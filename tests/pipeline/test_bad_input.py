@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.hub.server import LocalHub
 from tests.parity import models
 from tests.pipeline.conftest import TARGET, Action, Result
+from tests.security.damage import rewrite_header
 
 Damage = Callable[[Path], None]
 WEIGHTS = "adapter_model.safetensors"
@@ -110,28 +112,22 @@ BAD_ADAPTERS: dict[str, tuple[Damage, int, str]] = {
 }
 
 
-def _header(folder: Path, change: Callable[[dict[str, object]], None]) -> None:
-    path = min(folder.glob("model-*.safetensors"))
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    change(header)
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+def _header(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    rewrite_header(min(folder.glob("model-*.safetensors")), change)
 
 
 def _lying_offsets(folder: Path) -> None:
-    def change(header: dict[str, object]) -> None:
+    def change(header: dict[str, Any]) -> None:
         entry = next(value for key, value in header.items() if key != "__metadata__")
-        entry["data_offsets"][1] += 2  # type: ignore[index]
+        entry["data_offsets"][1] += 2
 
     _header(folder, change)
 
 
 def _lying_shape(folder: Path) -> None:
-    def change(header: dict[str, object]) -> None:
+    def change(header: dict[str, Any]) -> None:
         entry = next(value for key, value in header.items() if key != "__metadata__")
-        entry["shape"] = [1, *entry["shape"]]  # type: ignore[index]
+        entry["shape"] = [1, *entry["shape"]]
 
     _header(folder, change)
 

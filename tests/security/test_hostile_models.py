@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from runner.limits import Evaluation, Limits
 from runner.rounding import Rounding
 from runner.verify.verdict import Verdict
 from runner.worker import run
+from tests.security.damage import pickle_that_makes, rewrite_header
 from tests.verify.tiny import lora, save_adapter, save_base
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -111,40 +111,22 @@ def code_of_another_library(place: Place) -> None:
     edited(place.adapter / "adapter_config.json", auto_mapping=mapping, task_type=None)
 
 
-def header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Rewrite a safetensors header; the data stays."""
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    entries = json.loads(content[8 : 8 + length])
-    change(entries)
-    text = json.dumps(entries).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-
-
 def renamed_tensor(name: str) -> Attack:
     def change(entries: dict[str, Any]) -> None:
         entries[name] = entries.pop(next(key for key in entries if key != "__metadata__"))
 
-    return lambda place: header(place.adapter / "adapter_model.safetensors", change)
+    return lambda place: rewrite_header(place.adapter / "adapter_model.safetensors", change)
 
 
 def pickled(place: Place) -> None:
-    class Payload:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return (os.system, (f"touch {place.marker}",))
-
     (place.adapter / "adapter_model.safetensors").unlink()
-    (place.adapter / "adapter_model.bin").write_bytes(pickle.dumps(Payload()))
+    (place.adapter / "adapter_model.bin").write_bytes(pickle_that_makes(place.marker))
 
 
 def pickled_base(place: Place) -> None:
-    class Payload:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return (os.system, (f"touch {place.marker}",))
-
     for path in [*place.base.glob("*.safetensors"), *place.base.glob("*.index.json")]:
         path.unlink()
-    (place.base / "pytorch_model.bin").write_bytes(pickle.dumps(Payload()))
+    (place.base / "pytorch_model.bin").write_bytes(pickle_that_makes(place.marker))
 
 
 def index_leads_to(name: str) -> Attack:
