@@ -40,6 +40,7 @@ class Stops:
         self._tell = tell
         self._telling = threading.Lock()
         self._at_once: list[Callable[[], None]] = []
+        self._at_last: list[Callable[[], None]] = []
         self._limit_s: float | None = None
         self.unwind_s = UNWIND_S
         self.stopped: Stopped | None = None
@@ -73,6 +74,10 @@ class Stops:
         """Have `call` called as soon as the run is stopped, in another thread."""
         self._at_once.append(call)
 
+    def at_last(self, call: Callable[[], None]) -> None:
+        """Have `call` called before this process is ended while its main thread is stuck and cannot clean up."""
+        self._at_last.append(call)
+
     def tell_once(self, stopped: Stopped) -> int | None:
         """Tell the end, and return the exit code; None where it is being told already."""
         return self._tell(stopped) if self._telling.acquire(blocking=False) else None
@@ -93,4 +98,6 @@ class Stops:
         if code is None:
             threading.Event().wait(TELL_S)
             code = EXIT_CANCELLED if isinstance(stopped, Cancelled) else PhaseTimeout.exit_code
+        for call in self._at_last:
+            call()
         os._exit(code)

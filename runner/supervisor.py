@@ -7,6 +7,7 @@ codes of `runner.errors`; this is the one place that catches everything.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -110,6 +111,8 @@ def _run(environ: Mapping[str, str], argv: Sequence[str], github: GitHub, record
     try:
         with work_folder(inputs.work_dir, temporary, github.info) as work:
             os.environ.update(library_settings(inputs, work.path, os.environ))  # read when huggingface_hub is imported
+            if work.lock is None:  # one below `work-dir` stays for the next run
+                stops.at_last(lambda: shutil.rmtree(work.path, ignore_errors=True))
             github.save_state({"container": next(iter(own_ids()), ""), "work": str(work.path)})
             Story(inputs=inputs, environ=environ, github=github, record=record, work=work, stops=stops).run()
     finally:
