@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,9 @@ from peft import LoraConfig
 from runner.checkpoint.digests import FileDigest, digest_folder
 from tests.parity import models
 from tests.pipeline.conftest import ROOT, TARGET, Action
-from tests.pipeline.warm import Warm, warmed
+from tests.pipeline.warm import Kill, Warm, warmed
 
-KILLS = 24
+KILLS = 20
 
 
 @pytest.fixture(scope="module")
@@ -89,33 +90,45 @@ def _interrupt(warm: Warm, adapter: Path, *, least: int = 3) -> None:
     warm.journal.write_text(json.dumps(journal))
 
 
+def _kills(seed: int, shards: int, whole_s: Callable[[], float]) -> Iterator[Kill]:
+    """Yield kills for ever: at any time of a merge that takes `whole_s`, and at any time after any shard, in turn."""
+    moments = random.Random(seed)
+    while True:
+        yield Kill(after_s=moments.uniform(0.0, whole_s()))
+        yield Kill(after_shards=moments.randrange(shards), after_s=moments.uniform(0.0, whole_s() / shards))
+
+
 @pytest.mark.slow
 def test_a_kill_at_any_moment_costs_no_byte(large: Path, warm: Warm, expected: tuple[FileDigest, ...]) -> None:
     adapter = large / "adapter1"
-    started = time.monotonic()
-    _finish(warm, adapter, expected)
-    whole_s = time.monotonic() - started
-    moments = random.Random(4)
-    killed, resumed = 0, []
-    for _ in range(KILLS):
+    shards = sum(file.path.endswith(".safetensors") for file in expected)
+    whole_s = [warm.end(adapter).wall_s]
+    resumed: list[int] = []
+    for kill in islice(_kills(4, shards, lambda: whole_s[-1]), 4 * KILLS):
         _remove(warm)
-        killed += warm.merge(adapter, kill_after_s=moments.uniform(0.0, whole_s)) == -signal.SIGKILL
+        end = warm.end(adapter, kill=kill)
+        if end.code == 0:  # it was done before: a merge takes as long as this one, then
+            whole_s.append(end.wall_s)
+            continue
+        assert end.code == -signal.SIGKILL
         if warm.into.exists():
             assert digest_folder(warm.into) == expected
         resumed.append(_finish(warm, adapter, expected))
-    shards = sum(file.path.endswith(".safetensors") for file in expected)
+        if len(resumed) == KILLS:
+            break
 
-    assert killed >= 20
-    assert len({count for count in resumed if 0 < count < shards}) > 1, resumed
+    assert len(resumed) == KILLS
+    assert len({count for count in resumed if 0 < count < shards}) > 3, resumed
 
 
 def test_a_chain_of_kills_comes_to_its_end(large: Path, warm: Warm, expected: tuple[FileDigest, ...]) -> None:
     adapter = large / "adapter1"
     moments = random.Random(5)
-    for _ in range(5):
-        warm.merge(adapter, kill_after_s=moments.uniform(0.1, 0.8))
+    for number in range(5):  # each goes on from the last one's shards, of which there are about 20
+        kill = Kill(after_shards=3 * number + moments.randrange(1, 4), after_s=moments.uniform(0.0, 0.01))
+        assert warm.end(adapter, kill=kill).code == -signal.SIGKILL
 
-    _finish(warm, adapter, expected)
+    assert _finish(warm, adapter, expected) >= 13
 
 
 def test_a_finished_folder_is_checked_and_kept(large: Path, warm: Warm) -> None:

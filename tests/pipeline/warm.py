@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
@@ -20,8 +20,14 @@ from pathlib import Path
 import torch
 from runner.merge import merge
 from runner.prepare import prepare
+def finished(journal):
+    try:
+        return len(json.loads(journal.read_text())["files"])
+    except OSError:
+        return 0
 for line in sys.stdin:
     job = json.loads(line)
+    started = time.monotonic()
     child = os.fork()
     if not child:
         try:
@@ -31,11 +37,35 @@ for line in sys.stdin:
         except BaseException:
             traceback.print_exc()
             os._exit(1)
-    if job["kill_after_s"] is not None:
-        time.sleep(job["kill_after_s"])
-        os.kill(child, signal.SIGKILL)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    ended, status = 0, 0
+    if job["kill"] is not None:
+        journal = Path(job["into"] + ".journal.json")
+        while not ended and finished(journal) < job["kill"]["after_shards"]:
+            time.sleep(0.001)
+            ended, status = os.waitpid(child, os.WNOHANG)
+        if not ended:
+            time.sleep(job["kill"]["after_s"])
+            os.kill(child, signal.SIGKILL)
+    if not ended:
+        ended, status = os.waitpid(child, 0)
+    print(json.dumps([os.waitstatus_to_exitcode(status), time.monotonic() - started]), flush=True)
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kill:
+    """When to kill: `after_s` seconds after the journal names `after_shards` finished shards."""
+
+    after_shards: int = 0
+    after_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """How a merge ended: exit code (negative: the signal), and wall seconds from its start."""
+
+    code: int
+    wall_s: float
 
 
 @dataclass(frozen=True)
@@ -58,17 +88,22 @@ class Warm:
     def journal(self) -> Path:
         return self.folder / "merged.journal.json"
 
-    def merge(self, adapter: Path, *, dtype: str = "auto", kill_after_s: float | None = None) -> int:
-        """Merge in a child, kill it after a while, and return its exit code."""
+    def merge(self, adapter: Path, *, dtype: str = "auto") -> int:
+        """Merge in a child, and return its exit code."""
+        return self.end(adapter, dtype=dtype).code
+
+    def end(self, adapter: Path, *, dtype: str = "auto", kill: Kill | None = None) -> End:
+        """Merge in a child, kill it at that moment if it is not done by then, and return how it ended."""
         job = {
             "base": str(self.base), "adapter": str(adapter), "into": str(self.into), "dtype": dtype,
-            "result": str(self.folder / "result.json"), "kill_after_s": kill_after_s,
+            "result": str(self.folder / "result.json"), "kill": asdict(kill) if kill else None,
         }  # fmt: skip
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None
         assert stdout is not None
         _say(stdin, json.dumps(job))
-        return int(stdout.readline())
+        code, wall_s = json.loads(stdout.readline())
+        return End(code=code, wall_s=wall_s)
 
     def resumed(self) -> int:
         return int(json.loads((self.folder / "result.json").read_text())["resumed"])
