@@ -79,6 +79,12 @@ class Attached:
         """The first adapter, which decides what is not in the weights."""
         return self.adapters[0]
 
+    @property
+    def twins(self) -> Mapping[str, str]:
+        """Stored name → stored name of the tensor that it is tied to, where the base stores both."""
+        stored = self.names.renamed
+        return {stored[target]: stored[source] for target, source in self.ties.items() if target in stored}
+
 
 def attach(
     checkpoint: Checkpoint, *adapters: Adapter, combination: Combination | None = None, only_plans: bool = False

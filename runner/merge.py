@@ -109,7 +109,7 @@ class _Job:
         self._unit_merger = UnitMerger(prepared.attached, prepared.units, reader)
         widest = max((row_bytes(tensor) for shard in self._shards for tensor in shard.tensors), default=0)
         self._block_bytes = max(BUFFER_BYTES, MIN_ROWS * widest)
-        self._rounder = Rounder(prepared.rounding)
+        self._rounder = Rounder(prepared.rounding, prepared.attached.twins)
         is_on_cpu = device.type == "cpu" or prepared.rounding.is_stochastic  # only the CPU draws
         gpu = None if is_on_cpu else GpuMerger(reader, self._block_bytes, device)
         self._sums = Sums(LinearMerger(reader, self._block_bytes, self._rounder), gpu)

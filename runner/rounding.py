@@ -9,6 +9,9 @@ bytes depend neither on blocks nor on threads, and anybody can compute them agai
     draw = the lower 32 bits of z for an even index, the upper ones for an odd index
     r    = (draw >> 8) · 2^-24, so 0 <= r < 1
 
+Where the base stores both sides of a tie (equal, and its config says that they are one), both take the name of the side
+that the model owns, in Llama that of `embed_tokens`: so they stay equal where the tie holds.
+
 With |E| = (n + f) units in the last place, n whole and 0 <= f < 1, the stored magnitude is n + 1 units where
 f + r >= 1, else n. So it is one of the two neighbours of E, and E on average. Only tensors that the adapter changes are
 rounded by chance, and only to 16 bits: the merge computes in float32.

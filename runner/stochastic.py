@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -18,8 +19,10 @@ _BLOCK_ELEMENTS = 1 << 16  # draws and sums stay in the second-level cache
 class Rounder:
     """Rounds blocks of tensors, wherever the blocks are cut."""
 
-    def __init__(self, rounding: Rounding) -> None:
+    def __init__(self, rounding: Rounding, twins: Mapping[str, str] | None = None) -> None:
+        """Take `twins`: stored name → the name whose draws it takes, where it is not its own."""
         self._rounding = rounding
+        self._twins = twins or {}
         self._key = ("", 0)
 
     def round(self, exact: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
@@ -50,7 +53,7 @@ class Rounder:
 
     def _key_of(self, name: str) -> int:
         if self._key[0] != name:
-            digest = hashlib.sha256(f"{self._rounding.seed}\n{name}".encode()).digest()
+            digest = hashlib.sha256(f"{self._rounding.seed}\n{self._twins.get(name, name)}".encode()).digest()
             self._key = (name, int.from_bytes(digest[:8], "little", signed=True))
         return self._key[1]
 

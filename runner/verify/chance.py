@@ -25,7 +25,7 @@ class Chance:
     """The draws of one stored tensor.
 
     Attributes:
-        name: of the tensor, as it is stored.
+        name: of the tensor, as it is stored; of a tie that is stored on both sides, that of the other one.
         seed: None where it is not known.
     """
 

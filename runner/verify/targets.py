@@ -62,6 +62,7 @@ class Targets:
         untied: keys that the base ties and the merge must not.
         unmapped: changed parameters whose stored form this judge cannot tell.
         rounding: of the touched tensors.
+        twins: stored name → the name whose draws it takes, where the base ties the two and stores both.
     """
 
     required: Mapping[str, Target]
@@ -69,10 +70,12 @@ class Targets:
     untied: tuple[str, ...]
     unmapped: tuple[str, ...]
     rounding: Rounding
+    twins: Mapping[str, str]
 
     def chance(self, target: Target) -> Chance | None:
         """Return the draws of a tensor, or None where it is rounded to the nearest."""
-        return chance_of(self.rounding, target.stored, target.dtype) if target.is_touched else None
+        drawn = self.twins.get(target.stored, target.stored)
+        return chance_of(self.rounding, drawn, target.dtype) if target.is_touched else None
 
     @property
     def touched(self) -> tuple[Target, ...]:
@@ -119,6 +122,7 @@ def find_targets(
     required |= _computed(sources, base, dtype)
     optional: dict[str, Target] = {}
     untied: list[str] = []
+    twins: dict[str, str] = {}
     for tied, origin in sorted(blueprint.ties.items()):
         absent = tied if tied not in blueprint.stored else origin
         if not _is_tied(sources, blueprint, tied, origin):
@@ -130,6 +134,8 @@ def find_targets(
         if absent not in blueprint.stored:
             place = optional if holds else required
             place[absent] = target(absent, absent, sources.homes[absent], is_touched=absent in touched)
+        elif tied in blueprint.stored:
+            twins[blueprint.stored[tied]] = blueprint.stored[origin]
     mapped = {made.key for made in (*required.values(), *optional.values())}
     return Targets(
         required=required,
@@ -137,6 +143,7 @@ def find_targets(
         untied=tuple(untied),
         unmapped=tuple(sorted(touched - mapped - keys_of(sources.computed))),
         rounding=rounding,
+        twins=twins,
     )
 
 

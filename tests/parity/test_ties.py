@@ -14,6 +14,9 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
+from runner.merge import merge
+from runner.prepare import prepare
+from runner.rounding import STOCHASTIC, Rounding
 from runner.verify.judge import judge
 from runner.verify.verdict import Status
 from tests.parity import models, oracle, structures
@@ -118,3 +121,53 @@ def test_a_tied_delta_is_added_once_where_peft_adds_it_twice(tmp_path: Path) -> 
     assert torch.equal(after, untied.bfloat16().float())
     torch.testing.assert_close(peft - before, 2 * (untied - before), rtol=0, atol=1e-6)
     assert judge(base=base, adapter=adapter, merged=merged.root, dtype="auto").passed
+
+
+def _stored_twice(folder: Path) -> Path:
+    """Save a base that is tied and yet stores both sides, as some published ones do."""
+    model = models.llama(tied=False)
+    model.get_output_embeddings().weight.data.copy_(model.get_input_embeddings().weight)
+    base = models.save_base(model, folder, dtype=torch.bfloat16)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    return base
+
+
+@pytest.mark.parametrize("rounding", [Rounding(), Rounding(kind=STOCHASTIC, seed=3)], ids=lambda each: each.kind)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"trainable_token_indices": [1, 5]},
+    ],
+    ids=["lora", "saved", "tokens"],
+)
+def test_two_stored_sides_of_a_tie_that_holds_stay_equal(
+    options: dict[str, object], rounding: Rounding, tmp_path: Path
+) -> None:
+    base = _stored_twice(tmp_path / "base")
+    adapter = models.save_adapter(base, tmp_path / "adapter", _lora(**options))
+
+    merged = merge(prepare(base, adapter, dtype="auto", rounding=rounding), into=tmp_path / "merged")
+
+    after, before = oracle.read_folder(merged.root), oracle.read_folder(base)
+    assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    assert not torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+    assert json.loads((merged.root / "config.json").read_text())["tie_word_embeddings"]
+    verdict = judge(base=base, adapter=adapter, merged=merged.root, dtype="auto", rounding=rounding)
+    assert verdict.failures == ()
+
+
+@pytest.mark.parametrize("rounding", [Rounding(), Rounding(kind=STOCHASTIC, seed=3)], ids=lambda each: each.kind)
+def test_two_stored_sides_of_a_tie_that_is_undone_are_each_their_own(rounding: Rounding, tmp_path: Path) -> None:
+    base = _stored_twice(tmp_path / "base")
+    adapter = models.save_adapter(base, tmp_path / "adapter", _lora(target_modules=["q_proj", "lm_head"]))
+
+    merged = merge(prepare(base, adapter, dtype="auto", rounding=rounding), into=tmp_path / "merged")
+
+    after, before = oracle.read_folder(merged.root), oracle.read_folder(base)
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert not torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+    assert not json.loads((merged.root / "config.json").read_text())["tie_word_embeddings"]
+    assert judge(base=base, adapter=adapter, merged=merged.root, dtype="auto", rounding=rounding).passed
