@@ -44,7 +44,7 @@ demo: $(READY) ## merge, verify and publish a real adapter to a Hub on this mach
 	$(BIN)/python -m demo.run
 
 test: $(READY) ## all tests; those in a container are skipped where no engine answers
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS) $(T)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) $(T)
 
 CHECKS := check-format check-lint check-types check-imports check-schemas check-workflows check-docker check-shell check-tables
 .PHONY: $(CHECKS)

@@ -22,8 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # Reads the request of one launcher after the other, forks, and tells each launcher how its worker ended.
 _WARM = """
 import json, os, select, signal, socket, sys
-import transformers
-from transformers import LlamaForCausalLM
+from runner.libraries import quick_imports
+with quick_imports():
+    from transformers import AutoTokenizer, LlamaForCausalLM
+    import runner.merge, runner.prepare, runner.verify.judge
 import runner.worker
 
 def work(request, descriptors):
@@ -87,6 +89,8 @@ for child in workers:
 # What the supervisor takes for Python.
 _LAUNCHER = """#!{python} -ES
 import json, os, signal, socket, sys
+if sys.argv[1:3] != ["-m", "runner.worker"]:
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 wanted = []
 for name in os.listdir("/proc/self/fd"):
     try:

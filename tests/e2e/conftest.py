@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -9,12 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.contract.runner_emulator import ROOT, Runner
 from tests.hub.server import LocalHub
 from tests.verify.tiny import lora, save_adapter, save_base
 
-IMAGE = os.environ.get("LORA_MERGE_TEST_IMAGE", "lora-merge-action:test")
+# By the checkout's own path, so that the tests of two checkouts on one machine do not take each other's image.
+CHECKOUT = hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]
+IMAGE = os.environ.get("LORA_MERGE_TEST_IMAGE", f"lora-merge-action:test-{CHECKOUT}")
 REQUIRED = "LORA_MERGE_REQUIRE_ENGINE"
 BASE_IMAGE = "LORA_MERGE_TEST_BASE_IMAGE"
 
@@ -45,13 +49,25 @@ def hub(tmp_path: Path) -> Iterator[LocalHub]:
 
 
 @pytest.fixture(scope="session")
-def image() -> str:
-    """Return the name of the image, built from this checkout by the builder that every host has."""
+def image(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the name of the image, built from this checkout by the builder that every host has.
+
+    The image that had the name before, of an older state of the checkout, is removed: nothing names it any more.
+    """
     reason = _engine_problem()
     if reason and os.environ.get(REQUIRED) == "1":
         pytest.fail(f"{REQUIRED} is 1, but {reason}")
     if reason:
         pytest.skip(reason)
+    with FileLock(tmp_path_factory.getbasetemp().parent / "image.lock"):  # the other worker finds it in the cache
+        before = _image_id()
+        _build()
+        if before and before != _image_id():
+            subprocess.run(["docker", "image", "rm", before], capture_output=True, check=False)
+    return IMAGE
+
+
+def _build() -> None:
     base_image = os.environ.get(BASE_IMAGE)
     arguments = ["--build-arg", f"BASE_IMAGE={base_image}"] if base_image else []
     command = ["docker", "build", "--network", "host", *arguments, "-t", IMAGE, str(ROOT)]
@@ -59,7 +75,11 @@ def image() -> str:
     built = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", check=False)
     if built.returncode:
         pytest.fail(f"the image cannot be built:\n{built.stdout[-3000:]}\n{built.stderr[-3000:]}")
-    return IMAGE
+
+
+def _image_id() -> str:
+    command = ["docker", "image", "inspect", "--format", "{{.Id}}", IMAGE]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _engine_problem() -> str | None:

@@ -13,6 +13,8 @@ TEXTS = re.compile(
     rb"|-----BEGIN (?:RSA |EC |OPENSSH |ENCRYPTED )?PRIVATE KEY-----\s+[A-Za-z0-9+/=]{40}"
     rb"|index-url\s*=\s*\S+://[^/\s:@]+:[^/\s:@]+@"
 )
+# A text that `TEXTS` finds holds one of these; looking for them is much faster than the expression.
+PARTS = (b"hf_", b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_", b"github_pat_", b"AKIA", b"PRIVATE KEY", b"index-url")
 SKIPPED = ("/proc", "/sys", "/dev")
 MAX_BYTES = 4 << 20  # a library is larger; a secret is not
 # What packages bring along: keys of test servers, examples in documentation, texts that compiled code looks for.
@@ -39,7 +41,8 @@ def suspicion(path: Path) -> str | None:
         return "its name"
     if path.stat().st_size > MAX_BYTES:
         return None
-    match = TEXTS.search(path.read_bytes())
+    content = path.read_bytes()
+    match = TEXTS.search(content) if any(part in content for part in PARTS) else None
     return repr(match[0][:12]) if match else None
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from tests.acceptance.warmth import Warmth
 from tests.hub.server import LocalHub
 from tests.parity import models
 from tools.schema import strict
@@ -41,18 +42,28 @@ class Result:
 
 @dataclass(frozen=True)
 class Action:
-    """Runs `python entrypoint.py` as a user would."""
+    """Runs `python entrypoint.py` as a user would.
+
+    Attributes:
+        hub: where everything goes.
+        token: what the action is given.
+        folder: where it runs.
+        warmth: makes its worker a fork of a process that has its libraries imported; nothing else is different.
+    """
 
     hub: LocalHub
     token: str
     folder: Path
+    warmth: Warmth
 
     def run(self, *flags: str, token: str | None = None, environ: Mapping[str, str] | None = None) -> Result:
         """Run the action with these flags (and a report folder of its own) and return how it ended."""
         report_dir = self.folder / "report"
         (report_dir / "report.json").unlink(missing_ok=True)
         env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "INPUT_", "GITHUB_"))}
-        env |= self.hub.env(token or self.token) | {"CUDA_VISIBLE_DEVICES": ""} | dict(environ or {})
+        env |= (
+            self.hub.env(token or self.token) | {"CUDA_VISIBLE_DEVICES": ""} | self.warmth.environ | dict(environ or {})
+        )
         done = subprocess.run(
             [sys.executable, str(ROOT / "entrypoint.py"), "--report-dir", str(report_dir), *flags],
             cwd=self.folder, env=env, capture_output=True, text=True, timeout=300, check=False,
@@ -80,8 +91,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
 
 
 @pytest.fixture
-def action(hub: LocalHub, tmp_path: Path) -> Action:
-    return Action(hub=hub, token=hub.add_token("alice", role="write"), folder=tmp_path)
+def action(hub: LocalHub, warmth: Warmth, tmp_path: Path) -> Action:
+    return Action(hub=hub, token=hub.add_token("alice", role="write"), folder=tmp_path, warmth=warmth)
 
 
 @pytest.fixture(scope="module")

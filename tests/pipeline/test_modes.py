@@ -12,27 +12,26 @@ import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
 from runner.launch.cgroup import read_memory
+from tests.acceptance.warmth import Warmth
 from tests.hub.server import LocalHub
 from tests.pipeline.conftest import ROOT, Action
 
 
 @pytest.fixture
-def action(hub: LocalHub, tmp_path: Path) -> Action:
+def action(hub: LocalHub, warmth: Warmth, tmp_path: Path) -> Action:
     """Each test has an account of its own, so that releases do not meet."""
     name = f"user{time.monotonic_ns()}"
     hub.add_user(name)
-    return Action(hub=hub, token=hub.add_token(name, role="write"), folder=tmp_path)
+    return Action(hub=hub, token=hub.add_token(name, role="write"), folder=tmp_path, warmth=warmth)
 
 
 def _target(action: Action) -> str:
-    who = subprocess.run(
-        [sys.executable, "-c", "from huggingface_hub import HfApi; print(HfApi().whoami()['name'])"],
-        env=os.environ | action.hub.env(action.token), capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return f"{who.stdout.strip()}/merged"
+    who = HfApi(endpoint=action.hub.endpoint, token=action.token).whoami()
+    return f"{who['name']}/merged"
 
 
 def _flags(base: Path, adapter: Path, target: str) -> tuple[str, ...]:
