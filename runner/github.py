@@ -98,10 +98,6 @@ class GitHub:
         """Tell something that did not stop the run."""
         self._annotate("warning", title, text)
 
-    def notice(self, title: str, text: str) -> None:
-        """Tell something that the reader of the run should see."""
-        self._annotate("notice", title, text)
-
     def set_outputs(self, outputs: Mapping[str, str]) -> None:
         """Give `outputs` to the steps that follow; outside GitHub they are logged.
 

@@ -72,8 +72,3 @@ def map_names(model: PreTrainedModel, names: Iterable[str]) -> StoredNames:
         unknown=tuple(unknown),
         transforms=tuple(entry for entry in mapping if entry.was_used()),
     )
-
-
-def stored_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Return state-dict key → stored name for every parameter that is exactly one stored tensor."""
-    return dict(map_names(model, names).renamed)

@@ -15,7 +15,6 @@ PICKLED_FILE = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLED_ADAPTER = "adapter_model.bin"
 ADAPTER_FILE = "adapter_model.safetensors"
-PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OPT_IN = (
     "Use a revision with safetensors, or set `allow-pickle: true`: then tensors, and nothing else, are unpickled, in a "
     "process that holds no token."

@@ -23,10 +23,9 @@ Landed = Callable[[bool | None], T | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
-    """What the Hub answered to a commit: its id, and of a pull request its reference and its page."""
+    """What the Hub answered to a commit: its id, and of a pull request its page."""
 
     commit: str
-    pull_ref: str | None = None
     pull_url: str | None = None
 
 
@@ -98,7 +97,7 @@ class Writing:
                 parent_commit=parent,
                 num_threads=1,
             )
-            return Made(commit=str(info.oid), pull_ref=info.pr_revision, pull_url=info.pr_url)
+            return Made(commit=str(info.oid), pull_url=info.pr_url)
 
         what = "open a pull request on" if create_pr else "commit to"
         return self._caller.settle(f"{what} {repo_id}", write, landed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from runner.errors import PublishConflict, PublishError
@@ -10,7 +10,6 @@ from runner.hub import BRANCH, Made, Tree
 from runner.publish.run import Ground, Run
 from runner.publish.upload import PREUPLOAD_FROM_BYTES, addition_of, send
 
-Look = Callable[[], str | None]
 Elsewhere = Mapping[str, tuple[str, str]]
 
 

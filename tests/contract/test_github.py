@@ -173,6 +173,14 @@ def test_tells_when_the_runners_file_cannot_be_written(tmp_path: Path) -> None:
         github.set_outputs({"tag": "x"})
 
 
+def test_a_summary_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / ("x" * 300)
+    github = GitHub({"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(file)}, io.StringIO())
+
+    with pytest.raises(RunnerError, match="cannot be written"):
+        github.append_summary("text")
+
+
 def test_a_summary_stays_below_the_limit_and_closes_what_it_opened(tmp_path: Path) -> None:
     file = tmp_path / "summary"
     github = GitHub({"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(file)}, io.StringIO())
@@ -198,7 +206,7 @@ def test_outside_github_there_are_only_plain_lines(tmp_path: Path) -> None:
     with github.group("merge"):
         github.info("a line")
     github.error(PROBLEM)
-    github.notice("title", "text")
+    github.warning("title", "text")
     github.set_outputs({"tag": "v1"})
     github.append_summary("# no")
     github.save_state({"a": "b"})

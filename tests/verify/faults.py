@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from runner.checkpoint.layout import INDEX_FILE, Checkpoint, read_checkpoint
-from runner.checkpoint.names import stored_names
+from runner.checkpoint.names import map_names
 from runner.verify.verdict import Layer
 from tests.verify.merges import _empty, edit_config, merged_weights, write_index
 
@@ -232,7 +232,7 @@ def changed(folder: Path, base: Path) -> list[str]:
 
 def _exact(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     """Return the merged weights in float32 by stored name."""
-    names = stored_names(_empty(base), read_checkpoint(base).tensors)
+    names = map_names(_empty(base), read_checkpoint(base).tensors).renamed
     weights = merged_weights(base, adapter)
     return {stored: weights[key] for key, stored in names.items()}
 

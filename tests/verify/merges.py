@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from runner.checkpoint.layout import INDEX_FILE, read_checkpoint
-from runner.checkpoint.names import stored_names
+from runner.checkpoint.names import map_names
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -54,7 +54,7 @@ def write_merge(
     """Write `weights` (by state-dict key, unrounded) over a copy of the base, each in its output dtype."""
     shutil.copytree(base, out)
     checkpoint = read_checkpoint(base)
-    keys = {name: key for key, name in stored_names(_empty(base), checkpoint.tensors).items()}
+    keys = {name: key for key, name in map_names(_empty(base), checkpoint.tensors).renamed.items()}
     edits: dict[str, Any] = {} if dtype == "auto" else {"dtype": dtype}
     extra = _untied(base, weights, keys)
     last = checkpoint.files[-1].name
