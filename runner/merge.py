@@ -239,8 +239,8 @@ class _Job:
         if tuple(exact.shape) != tensor.shape:
             raise RunnerError(
                 f"The unit {unit!r} gives {tensor.name!r} the shape {list(exact.shape)}, not {list(tensor.shape)}.",
-                why="This version keeps the base's shapes; the adapter was trained after the vocabulary was resized.",
-                fix="Release the adapter unmerged for now.",
+                why="The plan has the shapes of model and adapter; this PEFT makes something else of them.",
+                fix="Use the image of this action as it is published, and report the adapter's config.",
             )
         rounded = self._rounder.round(exact, TORCH_DTYPES[tensor.dtype], tensor.name)
         if rounded.dtype is torch.float16:

@@ -12,6 +12,7 @@ from runner.errors import LaunchError
 from runner.gpus import Gpus
 from runner.launch.channel import Channel
 from runner.launch.environment import sibling_environment, worker_environment
+from runner.launch.identity import SOCKET
 from runner.launch.inline import Child
 from runner.launch.worker import Worker
 from runner.owner import give
@@ -132,7 +133,7 @@ def _docker(wish: Wish, *, log: Callable[[str], None], say: Callable[[str], None
 
 
 def _refuse_kubernetes() -> None:
-    if Path("/var/run/docker.sock").is_socket():  # a pod with a daemon beside it
+    if SOCKET.is_socket():  # a pod with a daemon beside it
         return
     raise LaunchError(
         "This is a pod of a Kubernetes runner, without a Docker socket.",

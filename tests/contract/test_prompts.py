@@ -72,6 +72,8 @@ def test_refuses_files_that_cannot_be_prompts(workspace: Workspace) -> None:
     assert "larger than" in refusal("large.txt", workspace)
     assert "not UTF-8" in refusal("latin.txt", workspace)
     assert "no prompt" in refusal("empty.txt", workspace)
+    assert "cannot be read" in refusal("/proc/self/mem", workspace)
+    assert "`HOME` is not set" in refusal("~/prompts.txt", workspace)
 
 
 def test_refuses_too_many_and_too_long(workspace: Workspace) -> None:

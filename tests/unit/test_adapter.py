@@ -67,6 +67,51 @@ def test_zero_factors_beside_a_trained_module_are_not_nothing(base: Path, tmp_pa
     read_adapter(models.save_adapter(base, tmp_path / "adapter", config, scale=0.0))
 
 
+def test_refuses_a_file_without_tensors_and_a_dtype_that_no_float32_holds(base: Path, tmp_path: Path) -> None:
+    adapter = models.save_adapter(base, tmp_path / "adapter", lora(target_modules=QV))
+    tensors = load_file(adapter / WEIGHTS)
+    save_file({name: tensor.double() for name, tensor in tensors.items()}, adapter / WEIGHTS)
+    with pytest.raises(UnsupportedAdapter, match="is stored as F64"):
+        read_adapter(adapter)
+
+    save_file({}, adapter / WEIGHTS)
+    with pytest.raises(BrokenAdapter, match="holds no tensor"):
+        read_adapter(adapter)
+
+
+def test_refuses_a_config_of_gigabytes_without_reading_it(tmp_path: Path) -> None:
+    with (tmp_path / "adapter_config.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(BrokenAdapter, match="is larger than"):
+        read_adapter(tmp_path)
+
+
+WRONG_FIELDS = [
+    {"lora_alpha": float("nan")},
+    {"target_modules": "(unclosed"},
+    {"r": 1 << 40},
+    {"rank_pattern": {"q_proj": 1 << 40}},
+    {"r": 0},
+]
+
+
+@pytest.mark.parametrize("fields", WRONG_FIELDS, ids=str)
+def test_refuses_a_field_that_peft_cannot_mean(fields: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    adapter = models.save_adapter(base, tmp_path / "adapter", lora(target_modules=QV))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(BrokenAdapter, match=f"The adapter's config sets `{next(iter(fields))}"):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", None])
+def test_refuses_a_config_that_is_none(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(BrokenAdapter):
+        read_adapter(tmp_path)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_refuses_a_value_that_is_not_finite(value: float, dtype: torch.dtype, base: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from runner.companion_notes import check_tokenizer, companion_notes
-from runner.companions import copy_companion, edit_json, find_companions
+from runner.companions import copy_companion, edit_json, find_companions, read_config
 from runner.errors import AdapterMismatch, BrokenCheckpoint
 
 
@@ -221,3 +221,11 @@ def test_an_invalid_generation_config_is_carried_and_told(tmp_path: Path) -> Non
 
     assert copy_companion(found["generation_config.json"], tmp_path / "out") == BASE["generation_config.json"].encode()
     assert any("`temperature` with `do_sample: false`" in note for note in companion_notes(base, adapter))
+
+
+@pytest.mark.parametrize(
+    "text, problem", [(None, "cannot be read"), ("{", "cannot be read"), ("[1]", "not a JSON object")]
+)
+def test_a_base_without_a_config_is_refused(text: str | None, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(BrokenCheckpoint, match=problem):
+        read_config(_write(tmp_path, {"config.json": text} if text is not None else {}))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig
+from transformers import PreTrainedModel
 
+from runner.errors import RunnerError
 from runner.fast import LEAST_ROWS, MIN_ROWS, SUM_BYTES, is_same, row_blocks
+from runner.whole import UnitMerger
 from tests.parity import models, oracle
 from tests.parity.pipeline import run_merge
 
@@ -66,3 +71,58 @@ def test_a_product_whose_small_blocks_differ_is_told_from_one_whose_do_not() -> 
             torch, "mm", lambda a, b: product(a.double(), b.double()).float() if len(a) < 8 else product(a, b)
         )
         assert not is_same(left, right)
+
+
+def _lora(**options: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **options})
+
+
+EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
+# How a build of torch could multiply: (the fault is in this product, model, adapter, what is said).
+FAULTS: dict[str, tuple[Callable[[torch.Tensor, bool], bool], Callable[[], PreTrainedModel], LoraConfig, str]] = {
+    "small blocks": (
+        lambda left, _in_place: len(left) < MIN_ROWS,
+        lambda: models.llama(tied=False),
+        _lora(target_modules=["q_proj"]),
+        "disagree on 'model.layers.0.self_attn.q_proj.weight'",
+    ),
+    "all blocks": (
+        lambda _left, in_place: in_place,
+        lambda: models.llama(tied=False),
+        _lora(target_modules=["q_proj"]),
+        "disagree on 'model.layers.0.self_attn.q_proj.weight'",
+    ),
+    "experts": (lambda _left, in_place: not in_place, models.mixtral, _lora(**EXPERTS), "disagree on an expert"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_torch_that_multiplies_otherwise_merges_nothing(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_wrong, build, config, said = FAULTS[fault]
+    base = models.save_base(build(), tmp_path / "base", dtype=torch.bfloat16)
+    adapter = models.save_adapter(base, tmp_path / "adapter", config)
+    product = torch.mm
+
+    def mm(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        result = product(left, right) if out is None else product(left, right, out=out)
+        return result.mul_(1.5) if is_wrong(left, out is not None) else result
+
+    monkeypatch.setattr(torch, "mm", mm)
+    with pytest.raises(RunnerError, match=said):
+        run_merge(base, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_peft_that_merges_to_another_shape_merges_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = models.save_base(models.llama(tied=False), tmp_path / "base", dtype=torch.bfloat16)
+    adapter = models.save_adapter(base, tmp_path / "adapter", _lora(target_modules=["q_proj"], use_dora=True))
+    merge = UnitMerger.merge
+    monkeypatch.setattr(
+        UnitMerger, "merge", lambda self, path: {name: whole[1:] for name, whole in merge(self, path).items()}
+    )
+
+    with pytest.raises(RunnerError, match=r"gives 'model\.layers\.0\.self_attn\.q_proj\.weight' the shape"):
+        run_merge(base, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from runner.diagnosis import diagnose
+from runner.errors import LaunchError
 from runner.gpu import look, use
 
 
@@ -28,3 +29,22 @@ def test_a_gpu_is_found_by_its_uuid_and_computes() -> None:
         assert gpu.uuid.startswith(("GPU-", "MIG-"))
         assert use(gpu.uuid) == gpu.name
     assert torch.cuda.current_device() == len(facts.gpus) - 1
+
+
+@pytest.mark.parametrize("fault", ["does not compute", "computes wrongly"])
+def test_a_faulty_gpu_is_named(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No machine has a broken GPU to test on: one is played, whose first product fails or is wrong."""
+
+    def ones(*shape: int, device: str) -> torch.Tensor:
+        assert device == "cuda"
+        if fault == "does not compute":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return torch.full(shape, 0.5)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _index: "Faulty")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _index: None)
+    monkeypatch.setattr(torch, "ones", ones)
+
+    with pytest.raises(LaunchError, match=f"Faulty {fault}"):
+        use("")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import docker
 import pytest
 
 from runner.errors import LaunchError
 from runner.gpus import Gpus
 from runner.launch.cgroup import Memory, read_memory
-from runner.launch.engine import Facts, Myself
+from runner.launch.engine import Engine, Facts, Myself
 from runner.launch.environment import sibling_environment, worker_environment
 from runner.launch.identity import own_ids
-from runner.launch.sibling import Room, gpu_options, make_mounts
-from runner.launch.start import sees_gpu
+from runner.launch.sibling import Room, gpu_options, make_mounts, start_sibling
+from runner.launch.start import Wish, launch, sees_gpu
 
 PLAIN = Facts(version="28.0", runtimes=("runc",), cdi_devices=(), has_cdi=False)
 ID = "ab" * 32
@@ -89,6 +93,68 @@ def test_mounts_keep_their_paths_and_only_the_folders_to_write_are_writable() ->
 def test_a_folder_to_write_that_is_not_on_the_host_is_refused() -> None:
     with pytest.raises(LaunchError, match="lies in this container"):
         make_mounts(myself(), room(reads=(), writes=("/scratch/work",)))
+
+
+def test_an_engine_that_does_not_answer_and_one_that_this_is_not_in_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("runner.launch.engine.SOCKET", tmp_path / "absent")
+    monkeypatch.setattr("runner.launch.engine.own_ids", lambda: ())
+
+    with pytest.raises(LaunchError, match="Could not ask the Docker engine"):
+        Engine.connect({"DOCKER_HOST": f"unix://{tmp_path}/docker.sock"})
+    with pytest.raises(LaunchError, match="in no container of the Docker engine"):
+        Engine(docker.DockerClient(base_url=f"unix://{tmp_path}/docker.sock", version="1.44")).myself()
+
+
+def test_a_pod_without_a_docker_socket_is_told_how_it_gets_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("runner.launch.start.SOCKET", tmp_path / "absent")
+    wish = Wish(
+        executor="docker", device="cuda", gpus=Gpus(), environ={"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, work=tmp_path,
+        lock=None, reads=(), writes=(), owner=(1, 1),
+    )  # fmt: skip
+
+    with pytest.raises(LaunchError, match="pod of a Kubernetes runner"):
+        launch(wish, log=lambda _line: None, say=lambda _line: None)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ('could not select device driver "" with capabilities: [[gpu]]', "has no GPUs to give"),
+        ("invalid mount config", "did not start the worker"),
+    ],
+)
+def test_what_an_engine_refuses_is_told_in_its_words(said: str, told: str) -> None:
+    class Refusing(BaseHTTPRequestHandler):
+        """An engine that says what it is, and makes no container."""
+
+        def do_GET(self) -> None:
+            self._answer(200, {"ServerVersion": "28.0", "Runtimes": {"runc": {}}})
+
+        def do_POST(self) -> None:
+            self._answer(500, {"message": said})
+
+        def _answer(self, status: int, content: dict[str, Any]) -> None:
+            body = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        engine = Engine(docker.DockerClient(base_url=f"tcp://127.0.0.1:{server.server_port}", version="1.44"))
+        with pytest.raises(LaunchError, match=told) as raised:
+            start_sibling(engine, myself(), room(reads=(), writes=()), Gpus(), log=lambda _line: None)
+        server.shutdown()
+    assert said in raised.value.problem.what
 
 
 def test_a_container_knows_itself_and_a_host_is_not_fooled_by_its_containers(tmp_path: Path) -> None:

@@ -88,6 +88,22 @@ def test_refuses_a_header_that_lies(lie: str, tmp_path: Path) -> None:
         read_checkpoint(tmp_path)
 
 
+NONSENSE = {
+    "[]": "not a JSON object",
+    '{"__metadata__":{"a":1}}': "not a map from text to text",
+    '{"a":{"dtype":"F32","shape":[]}}': "lacks dtype, shape or data_offsets",
+    '{"a":7}': "lacks dtype, shape or data_offsets",
+}
+
+
+@pytest.mark.parametrize("header", NONSENSE)
+def test_refuses_a_header_that_is_json_and_nonsense(header: str, tmp_path: Path) -> None:
+    (tmp_path / SINGLE_FILE).write_bytes(len(header).to_bytes(8, "little") + header.encode())
+
+    with pytest.raises(BrokenCheckpoint, match=NONSENSE[header]):
+        read_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8, (2**40).to_bytes(8, "little") + b"{}"])
 def test_refuses_a_file_that_is_no_safetensors(content: bytes, tmp_path: Path) -> None:
     (tmp_path / SINGLE_FILE).write_bytes(content)
@@ -127,6 +143,24 @@ def test_refuses_an_index_that_contradicts_the_shards(tmp_path: Path) -> None:
         _index(tmp_path, weight_map)
         with pytest.raises(BrokenCheckpoint):
             read_checkpoint(tmp_path)
+
+
+def test_refuses_a_tensor_that_two_shards_hold(tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        save_file({"a": torch.ones(1), name: torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    _index(tmp_path, {"a": "x.safetensors", "x": "x.safetensors", "y": "y.safetensors"})
+
+    with pytest.raises(BrokenCheckpoint, match=r"'a' is also in x\.safetensors"):
+        read_checkpoint(tmp_path)
+
+
+def test_refuses_a_folder_without_weights_and_an_index_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(BrokenCheckpoint, match="has neither"):
+        read_checkpoint(tmp_path)
+
+    _index(tmp_path, ["a"])
+    with pytest.raises(BrokenCheckpoint, match="is not a weight index"):
+        read_checkpoint(tmp_path)
 
 
 def test_stale_shards_beside_the_index_are_ignored(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from runner.checkpoint.layout import SINGLE_FILE, build_header, read_checkpoint
 from runner.checkpoint.reader import Reader, tensor_bytes
 from runner.checkpoint.writer import ShardWriter
-from runner.errors import BrokenCheckpoint, NotEnoughDisk
+from runner.errors import BrokenCheckpoint, NotEnoughDisk, ResourceError
 
 
 def test_what_is_written_is_what_the_digest_says(tmp_path: Path) -> None:
@@ -62,6 +62,11 @@ def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
                 writer.finish()
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_as_such(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "absent") as writer, pytest.raises(ResourceError, match=r"x\.safetensors could not"):
+        writer.begin("x.safetensors", b"header", 100)
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
