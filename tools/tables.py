@@ -4,8 +4,9 @@
     python -m tools.tables --check   say which is out of date, and fail
 
 A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; its sources are action.yml, runner/errors.py,
-docs/faults.json (of `python -m bench.faults`) and docs/mutants.json (of `python -m tools.mutants`). Two files are
-written whole: action-types.yml, see `tools.typings`, and docs/report.schema.json, see `tools.schema`.
+every message of runner/ (see `tools.troubleshooting`), docs/faults.json (of `python -m bench.faults`) and
+docs/mutants.json (of `python -m tools.mutants`). Two files are written whole: action-types.yml, see `tools.typings`,
+and docs/report.schema.json, see `tools.schema`.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ import yaml
 from bench.faults.report import fault_rows, margin_rows, other_rows, right_rows
 from runner.errors import EXIT_CANCELLED, EXIT_INTERNAL, EXIT_VERDICT_FAILED, RunnerError
 from tools.schema import render_schema
+from tools.troubleshooting import render_messages
 from tools.typings import render_types
 
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = "action-types.yml"
 SCHEMA = "docs/report.schema.json"
-FILES = ("README.md", "docs/errors.md", "docs/verification.md", TYPES, SCHEMA)
+FILES = ("README.md", "docs/errors.md", "docs/troubleshooting.md", "docs/verification.md", TYPES, SCHEMA)
 BLOCK = re.compile(r"(?P<open><!-- table: (?P<name>[a-z-]+) -->\n).*?(?P<close><!-- end table -->)", re.DOTALL)
 
 
@@ -62,6 +64,7 @@ def render(text: str) -> str:
         "outputs": output_table,
         "exit-codes": exit_code_table,
         "errors": error_table,
+        "messages": render_messages,
         "faults": fault_table,
         "margins": margin_table,
         "right-merges": right_table,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,16 @@ def test_leaving_early_leaves_nothing(tmp_path: Path) -> None:
         assert (tmp_path / "x.safetensors.part").exists()
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_written_is_told_with_the_systems_reason(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))  # Python ignores the signal, so there is an error
+    try:
+        with ShardWriter(tmp_path) as writer, pytest.raises(ResourceError, match=r"x\.safetensors.*File too large"):
+            writer.begin("x.safetensors", b"header", 1 << 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
