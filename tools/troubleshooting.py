@@ -105,10 +105,9 @@ def read_messages() -> tuple[Message, ...]:
 def render_messages() -> str:
     """Return all messages as Markdown, a section for each exit code and class."""
     messages = read_messages()
-    parts: dict[int, str] = {}
-    for family in [RunnerError, *RunnerError.__subclasses__()]:
-        classes = [RunnerError] if family is RunnerError else [family, *family.__subclasses__()]
-        parts[family.exit_code] = _section(classes, messages)
+    parts = {RunnerError.exit_code: _section([RunnerError], messages)}
+    for family in RunnerError.__subclasses__():
+        parts[family.exit_code] = _section([family, *family.__subclasses__()], messages)
     for code, (meaning, rows) in SPECIAL.items():
         parts[code] = f"## Exit code {code}\n\n{meaning}\n\n{_rows(rows)}"
     return "\n" + "\n".join(parts[code] for code in sorted(parts)) + "\n"

@@ -8,8 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 from tests.contract.runner_emulator import Runner
+from tools.sbom import LOCK, locked, make_bom, missing
 
 pytestmark = pytest.mark.docker
 
@@ -61,6 +63,17 @@ def test_the_layers_hold_no_secret_either(image: str) -> None:
 
     assert [line for line in environment if "TOKEN" in line.upper() or "PASSWORD" in line.upper()] == []
     assert [text for text in texts if "hf_" in text.lower().replace("hf_hub_", "").replace("hf_home", "")] == []
+
+
+def test_the_sbom_lists_every_locked_requirement_and_the_system(image: str) -> None:
+    bom = make_bom(image)
+    lock = LOCK.read_text("utf-8")
+
+    assert missing(bom, lock) == []
+    assert any(component["purl"].startswith("pkg:deb/debian/libc6@") for component in bom["components"])
+    named = next(iter(locked(lock)))
+    bom["components"] = [one for one in bom["components"] if canonicalize_name(one["name"]) != named]
+    assert [problem.split()[0] for problem in missing(bom, lock)] == [named]
 
 
 def test_a_read_only_root_is_enough(image: str, runner: Runner) -> None:
