@@ -16,7 +16,6 @@ from runner.checkpoint.layout import read_checkpoint
 from runner.combinable import check_combinable
 from runner.converted import Pickles, conversion_note
 from runner.disk import REPORT_BYTES, Need, check_room
-from runner.errors import RunnerError
 from runner.hub import Hub, Keyless, Login, Snapshot, connect, read_patience
 from runner.inputs import IDENTITY_TOKEN, IDENTITY_URL, Inputs, RepoRef
 from runner.provenance import AdapterOrigin, Origin, adapter_digest, base_digest
@@ -223,10 +222,7 @@ def fetch_merged(inputs: Inputs, hubs: Hubs, cache_dir: Path) -> Path:
     Raises:
         RunnerError: it cannot be downloaded. Whether it is a sound checkpoint is the judge's question.
     """
-    if inputs.merged is None:
-        raise RunnerError(
-            "There is nothing to judge.", why="`merged-path` is empty.", fix="Set `merged-path` for `mode: verify`."
-        )
+    assert inputs.merged is not None  # noqa: S101  (`mode: verify` is refused without `merged-path`)
     return hubs.reading.snapshot(inputs.merged, kind="merged", cache_dir=cache_dir).root
 
 

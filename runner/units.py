@@ -22,7 +22,7 @@ from runner.attach import Attached
 from runner.base_model import irreversible
 from runner.checkpoint.reader import FLOATS
 from runner.checkpoint.view import main_dtype
-from runner.errors import AdapterMismatch, UnsupportedAdapter, UnsupportedCheckpoint
+from runner.errors import AdapterMismatch, UnsupportedCheckpoint
 from runner.experts import expert_bytes, stack_of, wrappers
 from runner.judge_memory import Part, judge_bytes
 from runner.plan import Added, Change, Changes
@@ -73,7 +73,6 @@ def find_changes(attached: Attached, units: Mapping[str, Unit]) -> Changes:
     Raises:
         UnsupportedCheckpoint: a touched parameter is stored in no float dtype, or transformers' conversion of it
             cannot be undone.
-        UnsupportedAdapter: nothing is touched at all.
     """
     by_key = {
         key: Change(unit=path, parameter=unit.relative(key))
@@ -82,12 +81,7 @@ def find_changes(attached: Attached, units: Mapping[str, Unit]) -> Changes:
     }
     loose = {key: Change(unit=key, parameter="") for key in attached.replaced if _unit_of(key, units) is None}
     by_key |= loose
-    if not by_key:
-        raise UnsupportedAdapter(
-            "The adapter changes nothing in this base.",
-            why="No module of the model carries any of its weights.",
-            fix="Set `base-model` to the model that the adapter was trained on.",
-        )
+    assert by_key  # noqa: S101  (every tensor of the adapter was placed)
     for key, change in by_key.items():
         _check_source(attached, key, change)
     changed, added, untied = _resolve_ties(attached, units, by_key)

@@ -115,6 +115,12 @@ os._exit(code)
 _SITE = """import os, sys
 if "LORA_TEST_PYTHON" in os.environ:
     sys.executable = os.environ["LORA_TEST_PYTHON"]
+sys.path.remove(os.path.dirname(__file__))
+del sys.modules["sitecustomize"]
+try:
+    import sitecustomize  # the next one on the path: tools.refusals has one
+except ImportError:
+    pass
 """
 
 
@@ -149,7 +155,8 @@ def warmed(folder: Path) -> Iterator[Warmth]:
     assert process.stdout is not None
     try:
         assert process.stdout.readline() == "warm\n"
-        yield Warmth({"LORA_TEST_PYTHON": str(launcher), "PYTHONPATH": str(site)})
+        paths = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
+        yield Warmth({"LORA_TEST_PYTHON": str(launcher), "PYTHONPATH": paths})
     finally:
         process.stdin.close()
         process.stdout.close()
