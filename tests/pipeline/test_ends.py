@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -16,8 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from runner.check import check_gpu
-from runner.github import GitHub
 from tests.hub.faults import FOREVER, Kind
 from tests.pipeline.conftest import ROOT, TARGET, Action
 
@@ -250,67 +247,3 @@ def test_two_jobs_fill_one_cache_at_the_same_time(action: Action, base: Path, ad
 
     assert [process.returncode for process in both] == [0, 0], logs
     shutil.rmtree(action.folder / "cache")
-
-
-def test_without_a_gpu_cuda_is_refused_and_so_is_the_check_of_one(
-    action: Action, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flags = ("--adapter-path", str(adapter), "--base-model", str(base), "--mode", "plan", "--device", "cuda")
-
-    result = action.run(*flags, "--executor", "inline")
-
-    assert result.code == 7, result.log
-    assert "`device` is cuda, but there is no GPU" in what(action)
-    # As where device files are there and the driver does not work: the worker starts, and torch finds nothing.
-    monkeypatch.setattr("runner.launch.start.sees_gpu", lambda _environ: True)
-    out = io.StringIO()
-    environ = {**os.environ, **action.warmth.environ, "CUDA_VISIBLE_DEVICES": ""}
-    monkeypatch.setattr(sys, "executable", action.warmth.environ["LORA_TEST_PYTHON"])
-    assert check_gpu(environ, GitHub({}, out)) == 7
-    assert "There is no GPU to compute on" in out.getvalue()
-
-
-BROKEN = """
-import os, sys
-{fault}
-sys.path.remove(os.path.dirname(__file__))
-del sys.modules["sitecustomize"]
-try:
-    import sitecustomize  # the next one on the path
-except ImportError:
-    pass
-"""
-# A worker that says that it is ready, and ends well without a word more; and a Python whose folders fail oddly.
-SILENT = f"""
-if "runner.worker" in sys.orig_argv:
-    sys.path.append({str(ROOT)!r})
-    from runner.events import Problem, Ready, encode
-    none = Problem(what="no GPU", why="", fix="")
-    print(encode(Ready(versions={{}}, cuda_device=None, cuda_problem=none)), end="", flush=True)
-    os._exit(0)
-"""
-ODD = """
-import tempfile
-tempfile.mkdtemp = None
-"""
-
-
-@pytest.mark.parametrize(
-    ("fault", "code", "said"),
-    [(SILENT, 9, "The worker ended without a verdict."), (ODD, 70, "An error that nobody foresaw: TypeError")],
-    ids=["silent", "odd"],
-)
-def test_what_should_not_happen_is_named_and_publishes_nothing(
-    fault: str, code: int, said: str, action: Action, base: Path, adapter: Path
-) -> None:
-    site = action.folder / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(BROKEN.format(fault=fault))
-    environ = {"PYTHONPATH": os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))}
-
-    result = action.publish(base, adapter, tag=f"v{code}", environ=environ)
-
-    assert result.code == code, result.log
-    assert said in result.log
-    repo = action.hub.repo(TARGET)
-    assert repo is None or f"v{code}" not in repo.tags
