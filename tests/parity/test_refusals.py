@@ -252,3 +252,13 @@ def test_two_adapters_of_which_one_cannot_be_combined_are_refused(name: str, pla
         run_merge(plain / "base", several, tmp_path / "merged")
     with pytest.raises(AdapterMismatch if "brings" not in by_judge else UnsupportedAdapter, match=by_judge):
         judge(base=plain / "base", adapter=several, merged=plain / "base", dtype="auto")
+
+
+def test_weights_beyond_float32_are_refused(plain: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain / "adapter", tmp_path / "large")
+    _tensors(lambda tensors: {name: tensor * 1e4 for name, tensor in tensors.items()})(tmp_path / "large")
+    combination = Combination(kind="svd", weights=(1e38, 1e38))
+    several = Several(paths=(plain / "adapter", tmp_path / "large"), combination=combination)
+
+    with pytest.raises(AdapterMismatch, match="PEFT cannot combine the adapters"):
+        run_merge(plain / "base", several, tmp_path / "merged")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
 
 from runner.errors import AccessDenied, HubUnavailable, PublishError
 from runner.hub import Hub, Keyless, connect
@@ -89,6 +90,16 @@ def test_a_repository_that_does_not_exist_is_refused_before_any_work(job: Job) -
     with pytest.raises(AccessDenied, match="No trusted publisher for alice/other"):
         hub.inspect_target("alice/other", "v1")
     assert job.hub.repo("alice/other") is None
+
+
+def test_a_repository_that_is_deleted_after_the_token_was_given_is_not_created_anew(job: Job, world: World) -> None:
+    hub = job.connect()
+    hub.inspect_target(REPO, "v1")
+    HfApi(endpoint=job.hub.endpoint, token=world.token).delete_repo(REPO)
+
+    with pytest.raises(AccessDenied, match="a job without `hf-token` cannot create it"):
+        hub.inspect_target(REPO, "v1")
+    assert job.hub.repo(REPO) is None
 
 
 def test_a_job_that_may_not_ask_for_an_identity_is_told_the_permission(job: Job) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from runner.errors import AccessDenied, PublishConflict, PublishError, RepoNotFound
+from runner.hub import Hub
+from runner.publish import staging
 from tests.hub.faults import FOREVER, Kind
 from tests.publish.test_publish import intrude
 from tests.publish.world import REPO, World, make_folder, origin
@@ -152,6 +155,41 @@ def test_a_staging_branch_with_other_content_is_not_touched(world: World, tmp_pa
     assert set(world.tags()) == {"v1.0.0"}
 
 
+def test_who_commits_to_main_while_a_staged_release_goes_there_is_told(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.publish()
+
+    def copies(*args: Any) -> Any:
+        intrude(world.hub, str(world.token))  # after the head was read, before the commit on it
+        return original(*args)
+
+    original = staging._copies
+    monkeypatch.setattr(staging, "_copies", copies)
+    with pytest.raises(PublishConflict, match="Somebody else committed to"):
+        second(world, tmp_path).publish(tag="v2", is_staged=True)
+    assert "note.txt" in world.paths("main")
+    assert "v2" in world.tags()
+
+
+def test_who_starts_the_staging_branch_at_the_same_time_is_told(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.publish()
+    api = api_of(world)
+
+    def create_branch(self: Hub, repo_id: str, branch: str, head: str, **options: Any) -> Any:
+        api.create_branch(repo_id, branch=branch)
+        api.create_commit(repo_id, [CommitOperationAdd("x.txt", b"x")], commit_message="x", revision=branch)
+        return original(self, repo_id, branch, head, **options)
+
+    original = Hub.create_branch
+    monkeypatch.setattr(Hub, "create_branch", create_branch)
+    with pytest.raises(PublishConflict, match="Somebody else started the branch"):
+        second(world, tmp_path).publish(tag="v2", is_staged=True)
+    assert set(world.tags()) == {"v1.0.0"}
+
+
 # Pull requests
 
 
@@ -203,6 +241,12 @@ def test_who_may_not_write_may_propose(world: World, tmp_path: Path) -> None:
         stranger.publish(tag="v2")
     assert stranger.publish(tag="v2", create_pr=True).pull_request is not None
     assert len(pulls(world)) == 1
+
+
+def test_a_pull_request_needs_the_branch_that_it_goes_to(world: World) -> None:
+    world.connect().create_repo(REPO, private=True)
+    with pytest.raises(PublishError, match="has no branch other"):
+        world.publish(create_pr=True, branch="other")
 
 
 def test_a_pull_request_needs_a_repository(world: World) -> None:
