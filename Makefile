@@ -81,6 +81,7 @@ check-shell: $(READY)
 check-tables: $(READY)
 	$(BIN)/python -m tools.tables --check
 	$(BIN)/python -m tools.coverage --check
+	$(BIN)/python -m tools.refusals --check
 
 fix: $(READY) ## format, repair what ruff can, rewrite the generated tables
 	$(BIN)/ruff check --fix .

@@ -1,73 +1,198 @@
-"""Say which refusals no test provokes: run tests, and list the places that build an error and were never reached.
+"""Say which test provokes which refusal: run tests, note where errors are built, and keep it in docs/refusals.json.
 
-python -m tools.refusals tests/unit tests/parity      pytest's own arguments
+python -m tools.refusals tests/unit -m 'not slow'   run these tests (pytest's own arguments) and add what they provoke
+python -m tools.refusals --check                    fail where a refusal has no test, or names one that is gone
+python -m tools.refusals                            rewrite docs/refusals.md from what is known
 
-A refusal is a call of one of the classes for adapters and checkpoints (`runner.errors`) anywhere in `runner`. Only what
-happens in the tests' own process is seen: what the whole action refuses in a process of its own is told apart in
-tests/pipeline.
+A refusal is a place in `runner` that says what happened, why and what to do (tools/sites.py). It is seen in the tests'
+own process and in every process of Python that they start on this machine, by a `sitecustomize` on PYTHONPATH; not in
+containers, so what only those provoke is written down here. What was seen before is kept as long as the place and the
+test are there: after a change, run the tests of that change only. A test that was changed and no longer provokes what
+it did is found by running it again after its lines were taken out of the JSON.
 """
 
 from __future__ import annotations
 
 import ast
+import json
+import os
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runner import errors
+from tools.listening import listen
+from tools.sites import ROOT, Site, sites
+from tools.tables import table
 
-ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("BrokenAdapter", "UnsupportedAdapter", "AdapterMismatch", "BrokenCheckpoint", "UnsupportedCheckpoint")
+NUMBERS = ROOT / "docs" / "refusals.json"
+PAGE = ROOT / "docs" / "refusals.md"
+Record = dict[str, str]
+IN_CONTAINERS: Mapping[str, str] = {
+    "runner/launch/again::start_again::LaunchError": (
+        "tests/e2e/test_siblings.py::test_a_folder_of_the_system_is_no_cache"
+    ),
+}
+# What no test provokes, and why.
+OPEN: Mapping[str, str] = {
+    "runner/units::_other_side::AdapterMismatch": "a guard: `runner.vocabulary` refuses what is known to lead here",
+}
+# Runs in every Python that the tests start, before anything of it. Only the standard library and runner.errors.
+HOOK = """
+import sys
+if {root!r} not in sys.path:
+    sys.path.append({root!r})
+from tools.listening import listen
+listen({log!r})
+"""
 
 
 class Recorder:
-    """A pytest plugin that notes where errors are built."""
+    """A pytest plugin that notes which test was running when an error was built.
 
-    def __init__(self) -> None:
-        self.seen: set[tuple[str, int]] = set()
-        self._init: Any = errors.RunnerError.__init__
+    Attributes:
+        seen: (file, line) → the first test, without its parameters.
+    """
 
-    def pytest_sessionstart(self) -> None:
-        """Listen in on the one constructor that all of them share."""
-        recorder = self
+    def __init__(self, log: Path) -> None:
+        self.seen: dict[tuple[str, int], str] = {}
+        self._log = log
+        self._offset = 0
 
-        def init(error: errors.RunnerError, what: str, *, why: str, fix: str) -> None:
-            frame = sys._getframe(1)
-            recorder.seen.add((frame.f_code.co_filename, frame.f_lineno))
-            recorder._init(error, what, why=why, fix=fix)
-
-        errors.RunnerError.__init__ = init  # type: ignore[method-assign, assignment]
-
-    def pytest_sessionfinish(self) -> None:
-        """Stop listening."""
-        errors.RunnerError.__init__ = self._init  # type: ignore[method-assign]
-
-
-def sites() -> Iterator[tuple[Path, int, int, str]]:
-    """Yield (file, first line, last line, class) of every call that builds a refusal."""
-    for path in sorted((ROOT / "runner").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in KINDS:
-                yield path, node.lineno, node.end_lineno or node.lineno, node.func.id
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        """Attribute what was logged since the last test to this one."""
+        with self._log.open("rb") as file:
+            file.seek(self._offset)
+            lines = file.read()
+        whole = lines.rpartition(b"\n")[0] + b"\n" if b"\n" in lines else b""
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            name, number = json.loads(line)
+            self.seen.setdefault((name, number), nodeid.partition("[")[0])
 
 
 def main(arguments: list[str]) -> int:
-    """Run pytest and print what was not reached; return 1 where there is something, or pytest's own exit code."""
-    recorder = Recorder()
-    code = int(pytest.main([*arguments, "-q", "-p", "no:warnings", "-p", "no:xdist"], plugins=[recorder]))
-    every = list(sites())
-    missed = [
-        site
-        for site in every
-        if not any(file == str(site[0]) and site[1] <= line <= site[2] for file, line in recorder.seen)
-    ]
-    for path, first, _, kind in missed:
-        print(f"{path.relative_to(ROOT)}:{first}: {kind} was not provoked")
-    print(f"{len(every) - len(missed)} of {len(every)} refusals were provoked")
-    return code or int(bool(missed))
+    """Run tests and add to the record, or check it; return the exit code."""
+    every = sites()
+    if arguments == ["--check"]:
+        return _check(every)
+    keys = {site.key for site in every}
+    known = {key: test for key, test in read().items() if key in keys and exists(test)}
+    code = 0
+    if arguments:
+        code, seen = _run(arguments)
+        for site in every:
+            tests = sorted(test for (file, line), test in seen.items() if site.holds(file, line))
+            if tests:
+                known.setdefault(site.key, tests[0])
+    NUMBERS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", "utf-8")
+    PAGE.write_text(render(every, known), "utf-8")
+    tested = {**known, **IN_CONTAINERS}
+    for site in every:
+        if site.key not in tested:
+            print(f"{site.file}:{site.first}: {site.family} was not provoked: {site.text}")
+    print(f"{len(keys & tested.keys())} of {len(every)} refusals are provoked by a test")
+    return code
+
+
+def read() -> Record:
+    """Return what was seen: a site's key → the test that provokes it."""
+    known: Record = json.loads(NUMBERS.read_bytes()) if NUMBERS.exists() else {}
+    return known
+
+
+def problems(every: Iterable[Site], tested: Mapping[str, str], still_open: Iterable[str]) -> list[str]:
+    """Return what is wrong with the record, one line for each.
+
+    Args:
+        every: the sites.
+        tested: a site's key → its test.
+        still_open: keys of sites that are known to have none.
+    """
+    found = []
+    keys = {site.key for site in every}
+    for site in every:
+        if site.key not in tested and site.key not in still_open:
+            found.append(f"{site.file}:{site.first}: no test is known to provoke this refusal: {site.key}")
+        elif site.key in tested and not exists(tested[site.key]):
+            found.append(f"{site.file}:{site.first}: its test is gone: {tested[site.key]}")
+        elif site.key in tested and site.key in still_open:
+            found.append(f"{site.file}:{site.first}: it has a test now and is said to have none: {site.key}")
+    gone = sorted({*tested, *still_open} - keys)
+    return found + [f"a refusal is gone: {key}; run `python -m tools.refusals`" for key in gone]
+
+
+def render(every: Iterable[Site], known: Mapping[str, str]) -> str:
+    """Return the page."""
+    every, tested = tuple(every), {**known, **IN_CONTAINERS}
+    count = sum(site.key in tested for site in every)
+    rows = [(f"`{site.file}`", site.family, _said(site), _proof(site, tested)) for site in every]
+    return (
+        "\n\n".join(
+            (
+                "# Refusals",
+                "Generated by `python -m tools.refusals`; `make check` fails when a refusal has no test, or its test "
+                "is gone.",
+                f"Every place in `runner` that says what happened, why, and what to do: {len(every)}. Of these {count} "
+                "were seen to be reached while the test beside them ran, in its process or one that it started.",
+                table(("Where", "Error", "What it says", "A test that provokes it"), rows),
+            )
+        )
+        + "\n"
+    )
+
+
+def _said(site: Site) -> str:
+    text = " ".join(site.text.replace("|", "\\|").split())
+    return text or "(the words come from elsewhere)"
+
+
+def _proof(site: Site, tested: Mapping[str, str]) -> str:
+    if site.key in tested:
+        return f"`{tested[site.key]}`"
+    return f"none: {OPEN.get(site.key, 'not known')}"
+
+
+def _check(every: tuple[Site, ...]) -> int:
+    found = problems(every, {**read(), **IN_CONTAINERS}, OPEN)
+    if not found and PAGE.read_text("utf-8") != render(every, read()):
+        found = ["docs/refusals.md is out of date; run `python -m tools.refusals`"]
+    for line in found:
+        print(line)
+    if found:
+        print("A new refusal: write its test, then run `python -m tools.refusals tests/…/test_it.py`.")
+    return int(bool(found))
+
+
+def _run(arguments: list[str]) -> tuple[int, Mapping[tuple[str, int], str]]:
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        log.touch()
+        (Path(folder) / "sitecustomize.py").write_text(HOOK.format(root=str(ROOT), log=str(log)), "utf-8")
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+        listen(str(log))
+        recorder = Recorder(log)
+        options: list[Any] = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+        return int(pytest.main([*arguments, *options], plugins=[recorder])), recorder.seen
+
+
+def exists(test: str) -> bool:
+    """Return whether the test is there, by its file and the name of its function."""
+    file, _, name = test.partition("::")
+    return name.rpartition("::")[2] in _functions(ROOT / file)
+
+
+@cache
+def _functions(path: Path) -> frozenset[str]:
+    if not path.exists():
+        return frozenset()
+    tree = ast.parse(path.read_text("utf-8"))
+    return frozenset(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
 
 
 if __name__ == "__main__":

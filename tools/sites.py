@@ -1,0 +1,137 @@
+"""Where `runner` refuses: every place that says what happened, why, and what to do, found by reading the source."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner import errors
+
+ROOT = Path(__file__).resolve().parent.parent
+FAMILIES = frozenset(family.__name__ for family in errors.families())
+NOUNS = FAMILIES | {"Problem", "InputError"}
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One place that refuses.
+
+    Attributes:
+        key: `module::function::what it builds`, and `::2` and so on for the next of the same; stays when lines move.
+        file: relative to the repository.
+        first, last: its lines, from 1.
+        family: class of the error, "input" for a problem of the inputs.
+        text: the first words of the message as the source has them; "" where they come from elsewhere.
+    """
+
+    key: str
+    file: str
+    first: int
+    last: int
+    family: str
+    text: str
+
+    def holds(self, file: str, line: int) -> bool:
+        """Return whether that line is of this site."""
+        return file == self.file and self.first <= line <= self.last
+
+
+def sites(root: Path = ROOT) -> tuple[Site, ...]:
+    """Return every site of `runner`, by file and line.
+
+    A site is a call that is given `why` and `fix`, or that builds one of `runner.errors`' classes. Where a private
+    function of a module builds one error for several callers, each of the callers is a site in its place. The classes'
+    own constructors, and what they are rebuilt with from a worker's message, are none.
+    """
+    found: list[Site] = []
+    for path in sorted((root / "runner").rglob("*.py")):
+        name = str(path.relative_to(root))
+        if name != "runner/errors.py":
+            found.extend(_Module(name, ast.parse(path.read_text("utf-8"))).sites())
+    return tuple(found)
+
+
+class _Module:
+    """One module's calls, each with the function that it is in."""
+
+    def __init__(self, file: str, tree: ast.Module) -> None:
+        self._file = file
+        self._calls: list[tuple[str, ast.Call]] = []
+        self._functions: dict[str, Function] = {}
+        self._visit(tree, ())
+
+    def sites(self) -> Iterator[Site]:
+        """Yield the module's sites by line."""
+        shared = {name: calls for name in self._functions if len(calls := self._callers(name)) > 1}
+        numbers: Counter[str] = Counter()
+        for inside, call in sorted(self._calls, key=lambda each: (each[1].lineno, each[1].col_offset)):
+            name = _name(call.func)
+            if name in shared and any(call is caller for caller in shared[name]):
+                family = _returned(self._functions[name])
+            elif _tells(call) and inside.rpartition(".")[2] not in shared:
+                family = name if name in FAMILIES else "input"
+            else:
+                continue
+            key = f"{self._file.removesuffix('.py')}::{inside}::{name}"
+            numbers[key] += 1
+            yield Site(
+                key=key + (f"::{numbers[key]}" if numbers[key] > 1 else ""), file=self._file,
+                first=call.lineno, last=call.end_lineno or call.lineno, family=family, text=_text(call),
+            )  # fmt: skip
+
+    def _visit(self, node: ast.AST, inside: tuple[str, ...]) -> None:
+        for child in ast.iter_child_nodes(node):
+            scope = inside
+            if isinstance(child, Function | ast.ClassDef):
+                scope = (*inside, child.name)
+                if isinstance(child, Function):
+                    self._functions[child.name] = child
+            elif isinstance(child, ast.Call):
+                self._calls.append((".".join(inside) or "module", child))
+            self._visit(child, scope)
+
+    def _callers(self, name: str) -> list[ast.Call]:
+        """Return the calls of a private function that builds one error; none for any other function."""
+        function = self._functions[name]
+        built = [node for node in ast.walk(function) if isinstance(node, ast.Call) and _tells(node)]
+        if not name.startswith("_") or not _returned(function) or len(built) > 1 + _nested(built):
+            return []
+        return [call for inside, call in self._calls if _name(call.func) == name and name not in inside.split(".")]
+
+
+def _nested(calls: list[ast.Call]) -> int:
+    """Return how many of these calls are arguments of another of them: `InputError([Problem(…)])` is one error."""
+    return sum(any(call is not other and call in ast.walk(other) for other in calls) for call in calls)
+
+
+def _tells(call: ast.Call) -> bool:
+    given = {keyword.arg for keyword in call.keywords}
+    return {"why", "fix"} <= given or (_name(call.func) in FAMILIES and bool(call.args))
+
+
+def _name(function: ast.expr) -> str:
+    if isinstance(function, ast.Attribute):
+        return function.attr
+    return function.id if isinstance(function, ast.Name) else ""
+
+
+def _returned(function: Function) -> str:
+    """Return the error class that the function is annotated to return, "" for none."""
+    words = ast.unparse(function.returns).strip("'\"").split(" | ") if function.returns else []
+    return next((word.rpartition(".")[2] for word in words if word.rpartition(".")[2] in NOUNS), "")
+
+
+def _text(call: ast.Call) -> str:
+    what = next((keyword.value for keyword in call.keywords if keyword.arg == "what"), None)
+    what = what if what is not None else (call.args[0] if call.args else None)
+    while isinstance(what, ast.BinOp):
+        what = what.left
+    if isinstance(what, ast.Constant) and isinstance(what.value, str):
+        return what.value
+    if not isinstance(what, ast.JoinedStr):
+        return ""
+    return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in what.values)
