@@ -43,8 +43,9 @@ $(READY): $(LOCKS)
 demo: $(READY) ## merge, verify and publish a real adapter to a Hub on this machine, then load it
 	$(BIN)/python -m demo.run
 
+# One thread for each worker: the tensors are tiny, and there are as many workers as cores.
 test: $(READY) ## all tests; those in a container are skipped where no engine answers
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) $(T)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) $(T)
 
 CHECKS := check-format check-lint check-types check-imports check-schemas check-workflows check-docker check-shell check-tables
 .PHONY: $(CHECKS)

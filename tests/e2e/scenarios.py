@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from tests.contract.runner_emulator import Event, Runner, RunResult
@@ -17,13 +18,14 @@ HOSTILE = "::error::not a command\n##[error]neither\n::add-mask::model"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A workflow of alice's: its runner, its Hub, and how the step is run."""
+    """A workflow of alice's: its runner, its Hub, how the step is run, and variables that it gets besides."""
 
     runner: Runner
     hub: LocalHub
     token: str
     executor: Literal["process", "docker"]
     image: str | None = None
+    environ: Mapping[str, str] = field(default_factory=dict)
 
     def run(
         self, event: Event, *, cancel_when: str | None = None, kill_when: str | None = None, **inputs: str
@@ -42,7 +44,7 @@ class Stage:
             event,
             executor=self.executor,
             image=self.image,
-            env=self.hub.env(),
+            env=self.hub.env() | dict(self.environ),
             cancel_when=cancel_when,
             kill_when=kill_when,
         )

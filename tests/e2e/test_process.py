@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.acceptance.warmth import Warmth
 from tests.contract.runner_emulator import Runner
 from tests.e2e import scenarios
 from tests.e2e.scenarios import Stage
@@ -11,8 +12,9 @@ from tests.hub.server import LocalHub
 
 
 @pytest.fixture
-def stage(runner: Runner, hub: LocalHub) -> Stage:
-    return Stage(runner=runner, hub=hub, token=hub.add_token("alice", role="write"), executor="process")
+def stage(runner: Runner, hub: LocalHub, warmth: Warmth) -> Stage:
+    token = hub.add_token("alice", role="write")
+    return Stage(runner=runner, hub=hub, token=token, executor="process", environ=warmth.environ)
 
 
 def test_publishes_a_verified_release_once(stage: Stage) -> None:

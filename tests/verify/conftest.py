@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers.utils import logging as chatter
 
+from runner.verify import continuations
 from tests.verify.merges import save_merge
 from tests.verify.tiny import BASES, lora, save_adapter, save_base
 from tests.verify.variants import VARIANTS
@@ -26,6 +27,12 @@ def _one_thread() -> Iterator[None]:
     yield
     chatter.enable_progress_bar()
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts are continued for human readers only, and take 40 % of a judgement of a tiny model: four tokens do here."""
+    monkeypatch.setattr(continuations, "NEW_TOKENS", continuations.FEWEST_TOKENS)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from runner.verify.judge import judge
+from runner.verify.case import open_case
+from runner.verify.judge import judge, judge_merge
 from runner.verify.verdict import Layer, Outcome, Status
 from tests.parity import models, oracle
 from tests.parity.cases import CASES, llama, lora
@@ -62,11 +63,12 @@ def test_fails_faults_in_every_method(name: str, tmp_path: Path) -> None:
     base, adapter, merged = _merged(name, tmp_path)
     before, after = oracle.read_folder(base), oracle.read_folder(merged)
     changed = [key for key in before if not torch.equal(before[key], after[key])]
-    for fault, damage in FAULTS.items():
-        bad = _with(merged, tmp_path / fault, {key: damage(before[key], after[key]) for key in changed})
-        verdict = judge(base=base, adapter=adapter, merged=bad, dtype="auto")
-        assert verdict.status is Status.FAIL, fault
-        assert Layer.STORAGE in {check.layer for check in verdict.failures}, fault
+    with open_case(base, adapter, dtype="auto") as case:
+        for fault, damage in FAULTS.items():
+            bad = _with(merged, tmp_path / fault, {key: damage(before[key], after[key]) for key in changed})
+            verdict = judge_merge(case, bad, end_to_end=False)  # the files alone fail it
+            assert verdict.status is Status.FAIL, fault
+            assert Layer.STORAGE in {check.layer for check in verdict.failures}, fault
 
 
 def _with(merged: Path, folder: Path, tensors: Tensors) -> Path:

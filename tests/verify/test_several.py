@@ -12,8 +12,9 @@ from runner.combination import KINDS, RANDOM, Several
 from runner.errors import UnsupportedAdapter
 from runner.merge import merge
 from runner.prepare import prepare
+from runner.verify.case import open_case
 from runner.verify.combined import as_one
-from runner.verify.judge import judge
+from runner.verify.judge import judge, judge_merge
 from runner.verify.verdict import Layer, Outcome, Status
 from tests.parity.several import combination
 from tests.verify.tiny import lora, save_adapter, save_base
@@ -106,12 +107,9 @@ def test_fails_a_merge_of_another_combination(
 ) -> None:
     merged = made(bases["llama"], _faults(kind, pair)[fault], tmp_path / "merged")
 
-    verdict = judge(
-        base=bases["llama"],
-        adapter=Several(paths=pair, combination=combination(kind, 0.7, -0.4)),
-        merged=merged,
-        dtype="auto",
-    )
+    told = Several(paths=pair, combination=combination(kind, 0.7, -0.4))
+    with open_case(bases["llama"], told, dtype="auto") as case:
+        verdict = judge_merge(case, merged, end_to_end=False)  # the files alone fail it
 
     assert verdict.status is Status.FAIL
     assert any(check.layer is Layer.STORAGE for check in verdict.failures)

@@ -42,6 +42,7 @@ def test_no_product_is_computed_in_half_precision(right_merge: Maker) -> None:
 
 def test_continues_the_same_text_with_one_layer_in_memory(right_merge: Maker, monkeypatch: Any) -> None:
     base, adapter, merged = right_merge("lora")
+    monkeypatch.setattr(continuations, "NEW_TOKENS", 24)
     wanted = judge(base=base, adapter=adapter, merged=merged, dtype="auto").continuations
     monkeypatch.setattr(continuations, "WHOLE_BYTES", 0)
     found = judge(base=base, adapter=adapter, merged=merged, dtype="auto").continuations

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.verify.judge import judge
+from runner.verify.case import open_case
+from runner.verify.judge import judge, judge_merge
 from runner.verify.verdict import Check, Layer, Outcome, Status, Verdict
 from tests.verify.conftest import Maker
 from tests.verify.faults import FAULTS, damage_adapter_not_applied, damage_scale
@@ -27,9 +28,11 @@ def _failed(verdict: Verdict, layer: Layer, text: str) -> list[Check]:
     return [check for check in verdict.failures if check.layer is layer and text in f"{check.name} {check.detail}"]
 
 
-def _assert_caught(fault: str, base: Path, adapter: Path, damaged: Path, dtype: str) -> None:
+def _assert_caught(fault: str, base: Path, adapter: Path, damaged: Path, dtype: str, *, whole: bool = False) -> None:
+    """Judge; the files alone, which fail all of them, or with the models that they make."""
     wanted = FAULTS[fault](damaged, base, adapter)
-    verdict = judge(base=base, adapter=adapter, merged=damaged, dtype=dtype)
+    with open_case(base, adapter, dtype=dtype) as case:
+        verdict = judge_merge(case, damaged, end_to_end=whole)
     assert verdict.status is Status.FAIL
     assert _failed(verdict, wanted.layer, wanted.names), verdict.failures
 
@@ -37,7 +40,7 @@ def _assert_caught(fault: str, base: Path, adapter: Path, damaged: Path, dtype: 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fails_a_damaged_bfloat16_merge(right_merge: Maker, copy_of: Copier, fault: str) -> None:
     base, adapter, merged = right_merge("lora")
-    _assert_caught(fault, base, adapter, copy_of(merged), "auto")
+    _assert_caught(fault, base, adapter, copy_of(merged), "auto", whole=True)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
