@@ -30,6 +30,8 @@ from runner.verify.verdict import Check, Layer, Outcome
 
 Progress = Callable[[str, float], None]
 
+UNREAD_IDS = 1000  # token ids of a model that reads none: they number its sounds or pictures
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
@@ -81,8 +83,12 @@ class Case:
 
     @property
     def embedding_rows(self) -> int:
-        """How many rows the reference's input embedding has."""
-        return int(self.unmerged.model.get_base_model().get_input_embeddings().weight.shape[0])
+        """How many rows the reference's input embedding has; `UNREAD_IDS` where the model reads no text."""
+        try:
+            weight = getattr(self.unmerged.model.get_base_model().get_input_embeddings(), "weight", None)
+        except NotImplementedError:  # transformers knows of none
+            weight = None
+        return int(weight.shape[0]) if weight is not None and weight.ndim == 2 else UNREAD_IDS
 
     @property
     def max_tokens(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from runner.verify.media import read_media
 from runner.verify.prompts import TokenSequence
 from runner.verify.quality import relative
 
@@ -39,7 +40,8 @@ def has_decoder(model: Any) -> bool:
 def outputs_of(model: Any, sequence: TokenSequence, device: str) -> torch.Tensor:
     """Return what the model computes for one sequence: float32 on the CPU, shape (rows, width).
 
-    A speech model writes the sequence to sounds that are random.
+    A speech model writes the sequence to sounds that are random; a model that reads no text at all is given sounds or
+    pictures, others for each sequence.
 
     Rows are positions where the model has an output for each, or one row for a label of the whole sequence.
     """
@@ -52,8 +54,9 @@ def outputs_of(model: Any, sequence: TokenSequence, device: str) -> torch.Tensor
         if isinstance(end, int):
             ids = torch.cat([ids[ids != end][None], torch.full_like(ids[:, :1], end)], dim=1)
             inputs["decoder_input_ids"] = ids
-    if model.main_input_name == "input_features":
-        inputs["input_features"] = _sound(model, sequence, device)
+    media = read_media(model, seed=int(sequence.ids.sum()))
+    if media:
+        inputs |= {name: values.to(device) for name, values in media.items()}
     else:
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     takes = inspect.signature(model.forward).parameters
@@ -105,14 +108,6 @@ class Errors:
             return off
         size = (self._squares / self._count) ** 0.5
         return off / size if size > 0 else math.inf
-
-
-def _sound(model: Any, sequence: TokenSequence, device: str) -> torch.Tensor:
-    """Return random log-mel features of the length that the model takes, the same for the same sequence."""
-    config = model.config
-    generator = torch.Generator().manual_seed(int(sequence.ids.sum()))
-    shape = (1, int(config.num_mel_bins), 2 * int(config.max_source_positions))
-    return torch.randn(shape, generator=generator).to(device)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -97,7 +97,7 @@ def judge_outputs(
         continuations, left_out = _continue(models, questions)
         checks.extend(left_out)
     except LOAD_ERRORS as error:
-        checks.append(_check("the folder's model runs", first_line(error)))
+        checks.append(_stopped(models, questions, first_line(error)))
         return Outputs(checks=tuple(checks), quality=None, continuations=())
     quality = found.tally.quality(retention, is_cut=questions.is_cut)
     checks.append(_power(quality.effect))
@@ -130,6 +130,22 @@ def _compare(models: Models, questions: Questions, on_stage: Callable[[float], N
             base, ours, theirs, *exact = (output[:, :width] for output in made.values())
             found.tally.add(sequence, base, ours, theirs, *exact)
     return found
+
+
+def _stopped(models: Models, questions: Questions, problem: str) -> Check:
+    """Return what it says that a model did not run: nothing of the folder, where the base does not run either."""
+    stream = Stream(origins=(models.base,), device=models.device)
+    try:
+        for _ in stream.results(_tasks(models, questions.compared[:1])):
+            pass
+    except LOAD_ERRORS as error:
+        return Check(
+            layer=Layer.END_TO_END,
+            name="the models run",
+            outcome=Outcome.SKIPPED,
+            detail=f"The base itself does not run on what the judge can give it: {first_line(error)}",
+        )
+    return _check("the folder's model runs", problem)
 
 
 def _rounded(models: Models, questions: Questions) -> Check:

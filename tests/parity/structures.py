@@ -185,11 +185,30 @@ ENCODERS: Mapping[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 
+_WAV2VEC2: Mapping[str, Any] = {
+    "vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 56,
+    "conv_dim": (16, 16), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4,
+}  # fmt: skip
+# A text and a picture at once, which the judge does not give.
+CLIP_TEXT: Mapping[str, Any] = {**TEXT, "bos_token_id": 0, "eos_token_id": 1}
+# They read no text: waveforms, a spectrogram, pictures.
+MEDIA_MODELS: Mapping[str, Mapping[str, Any]] = {
+    "Wav2Vec2ForCTC": _WAV2VEC2,
+    "HubertForSequenceClassification": {**_WAV2VEC2, "num_labels": 3, "classifier_proj_size": 24},
+    "ASTForAudioClassification": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_length": 64,
+        "num_mel_bins": 16, "patch_size": 8,
+    },
+    "ViTForImageClassification": {**VISION, "num_labels": 3},
+    "Dinov2Model": VISION,
+}  # fmt: skip
+
 
 def build(architecture: str, fields: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """Return a random model of a class of transformers, with livelier biases and norms than at initialisation."""
     model_class = getattr(transformers, architecture)
-    known = {**TEXT_MODELS, **VISION_MODELS, **ENCODER_DECODERS, **ENCODERS}
+    known = {**TEXT_MODELS, **VISION_MODELS, **ENCODER_DECODERS, **ENCODERS, **MEDIA_MODELS}
     config: PretrainedConfig = model_class.config_class(**(fields or known[architecture]))
     torch.manual_seed(7)
     model: PreTrainedModel = model_class(config)

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftConfig
 from safetensors.torch import save_file
 
 from runner.verify.judge import judge
-from runner.verify.verdict import Layer, Status
+from runner.verify.verdict import Layer, Outcome, Status
 from tests.parity import models, oracle, structures
 from tests.parity.pipeline import run_merge
 
@@ -42,6 +42,9 @@ TARGETS = {
     "MambaForCausalLM": ["in_proj", "x_proj", "dt_proj"],
     "Mamba2ForCausalLM": ["in_proj"],
 }
+# PEFT cannot save an adapter of every linear layer of these: it asks for an embedding of tokens.
+WAV2VEC2_TARGETS = ["q_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense"]
+MEDIA_TARGETS = {"Wav2Vec2ForCTC": WAV2VEC2_TARGETS, "HubertForSequenceClassification": WAV2VEC2_TARGETS}
 TASKS = {
     "WhisperForConditionalGeneration": None,
     "BertModel": "FEATURE_EXTRACTION",
@@ -94,6 +97,10 @@ CASES = {
     **{
         name: Case(name, _lora(task_type=TASKS.get(name, "SEQ_2_SEQ_LM"), target_modules="all-linear"))
         for name in (*structures.ENCODER_DECODERS, *structures.ENCODERS)
+    },
+    **{
+        name: Case(name, _lora(target_modules=MEDIA_TARGETS.get(name, "all-linear"), task_type=None))
+        for name in structures.MEDIA_MODELS
     },
     "T5ForConditionalGeneration, DoRA": Case(
         "T5ForConditionalGeneration", _lora(target_modules=["q", "v"], use_dora=True, task_type="SEQ_2_SEQ_LM")
@@ -162,6 +169,35 @@ def test_the_judge_fails_a_vision_language_merge_with(fault: str, name: str, tmp
 
     assert verdict.status is Status.FAIL
     assert layer in {check.layer for check in verdict.failures}
+
+
+@pytest.mark.parametrize("name", ["Wav2Vec2ForCTC", "ViTForImageClassification"])
+def test_the_judge_sees_in_its_outputs_that_a_model_of_sounds_or_pictures_was_not_merged(
+    name: str, tmp_path: Path
+) -> None:
+    base = models.save_base(structures.build(name), tmp_path / "base", dtype=torch.bfloat16)
+    adapter = models.save_adapter(base, tmp_path / "adapter", CASES[name].config)
+
+    verdict = judge(base=base, adapter=adapter, merged=base, dtype="auto")
+
+    assert verdict.status is Status.FAIL
+    assert "the un-rounded merge computes" in " ".join(check.name for check in verdict.checks)
+    assert verdict.quality is not None
+    assert verdict.quality.effect > 1e-3  # the adapter moves the outputs, so the comparison can see it
+
+
+def test_a_model_that_the_judge_has_no_inputs_for_is_not_verified(tmp_path: Path) -> None:
+    config = {"text_config": structures.CLIP_TEXT, "vision_config": structures.VISION, "projection_dim": 32}
+    base = models.save_base(structures.build("CLIPModel", config), tmp_path / "base", dtype=torch.bfloat16)
+    adapter = models.save_adapter(base, tmp_path / "adapter", _lora(target_modules=["q_proj"], task_type=None))
+    _, merged = run_merge(base, adapter, tmp_path / "merged")
+
+    right = judge(base=base, adapter=adapter, merged=merged.root, dtype="auto")
+    wrong = judge(base=base, adapter=adapter, merged=base, dtype="auto")
+
+    assert right.status is Status.NOT_VERIFIED
+    assert [check.name for check in right.checks if check.outcome is Outcome.SKIPPED] == ["the models run"]
+    assert wrong.status is Status.FAIL
 
 
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
