@@ -4,9 +4,9 @@
     python -m tools.tables --check   say which is out of date, and fail
 
 A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; its sources are action.yml, runner/errors.py,
-every message of runner/ (see `tools.troubleshooting`), docs/faults.json (of `python -m bench.faults`) and
-docs/mutants.json (of `python -m tools.mutants`). Two files are written whole: action-types.yml, see `tools.typings`,
-and docs/report.schema.json, see `tools.schema`.
+every message of runner/ (see `tools.troubleshooting`), docs/faults.json (of `python -m bench.faults`),
+docs/cold-start.json (of `python -m bench.cold_start`) and docs/mutants.json (of `python -m tools.mutants`). Two files
+are written whole: action-types.yml, see `tools.typings`, and docs/report.schema.json, see `tools.schema`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from bench.cold_start import rows
 from bench.faults.report import fault_rows, margin_rows, other_rows, right_rows
 from runner.errors import EXIT_CANCELLED, EXIT_INTERNAL, EXIT_VERDICT_FAILED, RunnerError
 from tools.schema import render_schema
@@ -28,7 +30,15 @@ from tools.typings import render_types
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = "action-types.yml"
 SCHEMA = "docs/report.schema.json"
-FILES = ("README.md", "docs/errors.md", "docs/troubleshooting.md", "docs/verification.md", TYPES, SCHEMA)
+FILES = (
+    "README.md",
+    "docs/errors.md",
+    "docs/troubleshooting.md",
+    "docs/image.md",
+    "docs/verification.md",
+    TYPES,
+    SCHEMA,
+)
 BLOCK = re.compile(r"(?P<open><!-- table: (?P<name>[a-z-]+) -->\n).*?(?P<close><!-- end table -->)", re.DOTALL)
 
 
@@ -65,6 +75,7 @@ def render(text: str) -> str:
         "exit-codes": exit_code_table,
         "errors": error_table,
         "messages": render_messages,
+        "cold-start": cold_start_table,
         "faults": fault_table,
         "margins": margin_table,
         "right-merges": right_table,
@@ -114,6 +125,12 @@ def error_table() -> str:
 def fault_table() -> str:
     """Return every kind of wrong merge of the fault suite as a Markdown table."""
     return table(("Wrong merge", "Diagnosis", "Caught", "Named rightly"), fault_rows())
+
+
+def cold_start_table() -> str:
+    """Return size and start of each image that was measured, a Markdown table for each."""
+    results: dict[str, dict[str, Any]] = json.loads((ROOT / "docs" / "cold-start.json").read_bytes())
+    return "\n".join(table((f"Image for the {name.upper()}", ""), rows(found)) for name, found in results.items())
 
 
 def margin_table() -> str:

@@ -73,6 +73,13 @@ def test_links_between_documents_lead_somewhere() -> None:
     assert broken == []
 
 
+def test_the_index_of_docs_names_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text("utf-8")
+    pages = {path.name for path in ROOT.glob("docs/*.md")} - {"README.md"}
+
+    assert sorted(name for name in pages if f"({name})" not in index) == []
+
+
 def test_readme_has_a_phrase_for_every_room() -> None:
     text = (ROOT / "README.md").read_text("utf-8")
     tree = text[text.index("## The tree") :]

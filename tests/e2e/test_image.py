@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
+from bench.cold_start import measure
 from tests.contract.runner_emulator import Runner
 from tools.sbom import LOCK, locked, make_bom, missing
 
@@ -74,6 +75,15 @@ def test_the_sbom_lists_every_locked_requirement_and_the_system(image: str) -> N
     named = next(iter(locked(lock)))
     bom["components"] = [one for one in bom["components"] if canonicalize_name(one["name"]) != named]
     assert [problem.split()[0] for problem in missing(bom, lock)] == [named]
+
+
+def test_a_start_is_measured_to_its_first_line_and_until_the_worker_is_ready(image: str) -> None:
+    found = measure(image, runs=1)
+
+    (start,) = found["starts"]
+    assert 0 < start["first_line_s"] < start["ready_s"] < start["gone_s"]
+    assert found["size_bytes"] >= sum(layer["size_bytes"] for layer in found["layers"]) > 0.9 * found["size_bytes"]
+    assert {layer["step"] for layer in found["layers"]} >= {"torch", "transformers, peft and what they need"}
 
 
 def test_a_read_only_root_is_enough(image: str, runner: Runner) -> None:
