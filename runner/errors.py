@@ -168,7 +168,7 @@ class PublishError(RunnerError):
 
 
 class PublishConflict(PublishError):
-    """Somebody else moved the branch or the tag while this run was working."""
+    """The branch or the tag is not where it was read: somebody else moved it, or the Hub's first answer was old."""
 
 
 class PhaseTimeout(RunnerError):
@@ -204,5 +204,7 @@ def rebuild(family: str, problem: Problem) -> RunnerError:
 
     An unknown name gives a plain `RunnerError`: the text is kept, only the exit code is general.
     """
+    if family == InputError.__name__:
+        return InputError([problem])
     known = {cls.__name__: cls for cls in families()}
     return known.get(family, RunnerError)(problem.what, why=problem.why, fix=problem.fix)

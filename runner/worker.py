@@ -86,6 +86,10 @@ def run(job: Job, emit: Emit, device: str = "cpu") -> None:
     from runner.prepare import prepare
 
     emit(PhaseStarted(phase="plan"))
+    if job.verifies and job.evaluation.tasks:
+        from runner.verify.tasks import check_tasks
+
+        check_tasks(job.evaluation.tasks)
     prepared = prepare(
         job.base,
         *job.adapters,
@@ -169,7 +173,7 @@ def _throttled(phase: str, total: int, emit: Emit) -> Callable[[int, int], None]
         step = done * PROGRESS_STEPS // max(of, 1)
         if step != last:
             last = step
-            emit(Progress(phase=phase, done=float(done), total=float(total), doing="merging"))
+            emit(Progress(phase=phase, done=float(done), total=float(total), doing=""))
 
     return report
 

@@ -2,7 +2,7 @@
 
 The package is no dependency: `eval-tasks` is refused before any work where it is not installed. The worker has no
 network, so a task must have its data on this machine: a YAML file of the workspace that reads a local file, or a data
-set that the image holds.
+set that the image holds. `check_tasks` refuses any other before the merge, not after it.
 
 Both models are whole in memory, one after the other. A task's score is compared, metric by metric; `task-drop`, of
 `quality-limits`, is the largest loss of any of them.
@@ -11,18 +11,52 @@ Both models are whole in memory, one after the other. A task's score is compared
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 from peft import PeftModel
 
+from runner.errors import InputError, Problem
 from runner.verify.figures import TaskScore
 from runner.verify.models import LOAD_ERRORS, first_line, load_model, quiet
 from runner.verify.native import free_bytes
 
 _BATCH = 8
 _BYTES_OF_PARAMETER = 6  # float32 weights, and room for what they compute
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Return if lm-eval knows every task, and has its data on this machine.
+
+    Args:
+        tasks: as for `run_tasks`.
+
+    Raises:
+        InputError: it does not; the text names all tasks that cannot be run.
+    """
+    with quiet():
+        try:
+            manager, names = _manager(tasks), _names(tasks)
+            known = list(manager.all_tasks)
+            wrong = [_unknown(name, known) for name in names if name not in known]
+            wrong += [_unloadable(name, manager) for name in names if name in known]
+        except LOAD_ERRORS as error:
+            wrong = [f"a YAML file cannot be read ({first_line(error)})"]
+    told = "; ".join(filter(None, wrong))
+    if told:
+        raise InputError(
+            [
+                Problem(
+                    what=f"`eval-tasks` cannot be run: {told}.",
+                    why="lm-eval was asked before the merge. The worker has no network, so a task and its data must be "
+                    "in the image, or in the workspace.",
+                    fix="Correct the name (`lm-eval ls tasks` lists them), put the data into the image, or name a YAML "
+                    "file whose task reads a file of the workspace.",
+                )
+            ]
+        )
 
 
 def run_tasks(
@@ -55,13 +89,9 @@ def run_tasks(
 def _scores(model: Any, tokenizer: Path, tasks: Sequence[str], device: str) -> Mapping[str, Any]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
     from transformers import AutoTokenizer
 
-    files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
-    names = [task for task in tasks if not task.endswith((".yaml", ".yml"))]
-    names += [str(yaml.safe_load(file.read_text("utf-8"))["task"]) for file in files]
-    manager = TaskManager(include_path=sorted({str(file.parent) for file in files}) or None)
+    names, manager = _names(tasks), _manager(tasks)
     with quiet():
         words = AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True, trust_remote_code=False)
         wrapped = HFLM(pretrained=model.to(device), tokenizer=words, batch_size=_BATCH, device=device)
@@ -70,6 +100,41 @@ def _scores(model: Any, tokenizer: Path, tasks: Sequence[str], device: str) -> M
             numpy_random_seed=0, torch_random_seed=0, fewshot_random_seed=0,
         )  # fmt: skip
     return dict(result or {})
+
+
+def _files(tasks: Sequence[str]) -> list[Path]:
+    return [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
+
+
+def _names(tasks: Sequence[str]) -> list[str]:
+    """Return what the tasks are called; raises one of LOAD_ERRORS for a file that defines none."""
+    names = [task for task in tasks if not task.endswith((".yaml", ".yml"))]
+    for file in _files(tasks):
+        try:
+            names.append(str(yaml.safe_load(file.read_text("utf-8"))["task"]))
+        except (yaml.YAMLError, KeyError, TypeError) as error:
+            raise ValueError(f"{file.name} has no `task`: {first_line(error)}") from error
+    return names
+
+
+def _manager(tasks: Sequence[str]) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=sorted({str(file.parent) for file in _files(tasks)}) or None)
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    near = get_close_matches(name, known, n=3)
+    return f"lm-eval knows no task {name!r}" + (f" (but {', '.join(near)})" if near else "")
+
+
+def _unloadable(name: str, manager: Any) -> str:
+    """Return why a task that is known cannot be loaded with its data; "" where it can."""
+    try:
+        getattr(manager, "load", manager.load_task_or_group)([name])
+    except LOAD_ERRORS as error:
+        return f"{name!r} cannot be loaded ({first_line(error)})"
+    return ""
 
 
 def _compared(unmerged: Mapping[str, Any], merged: Mapping[str, Any]) -> Iterator[TaskScore]:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from runner.errors import InputError, Problem, rebuild
 from runner.limits import Evaluation, Limits, QualityLimit
 from runner.verify.figures import TaskScore
 from runner.verify.judge import judge
-from runner.verify.tasks import run_tasks
+from runner.verify.tasks import check_tasks, run_tasks
 from runner.verify.verdict import Layer, Outcome, Status
 from tests.verify.conftest import Maker
 
@@ -65,3 +66,27 @@ def test_a_local_task_is_run_on_both_models(right_merge: Maker, task: Path) -> N
     assert [(score.task, score.metric, score.higher_is_better) for score in scores] == [("continue_it", "acc", True)]
     assert 0 <= scores[0].unmerged <= 1
     assert abs(scores[0].drop) <= 2 / 12
+
+
+@pytest.mark.skipif(not IS_INSTALLED, reason="lm-eval is not installed")
+def test_what_cannot_be_run_is_refused_before_the_merge(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    check_tasks((str(task),))
+    broken = tmp_path / "broken" / "broken.yaml"
+    broken.parent.mkdir()
+    broken.write_text(TASK.format(data=tmp_path / "absent.jsonl").replace("continue_it", "broken_it"))
+
+    with pytest.raises(InputError, match=r"knows no task 'helaswag' .*hellaswag.*'broken_it' cannot be loaded"):
+        check_tasks(("helaswag", str(broken), str(task)))
+
+    broken.write_text("- a list")
+    with pytest.raises(InputError, match=r"broken\.yaml has no `task`"):
+        check_tasks((str(broken),))
+
+
+def test_a_worker_that_refuses_an_input_ends_the_run_as_an_input_error() -> None:
+    error = InputError([Problem(what="w", why="y", fix="f")])
+    told = rebuild(type(error).__name__, error.problem)
+    assert (type(told), told.exit_code, told.problems) == (InputError, 2, error.problems)
