@@ -52,6 +52,11 @@ def clean(text: object, secrets: tuple[str, ...] = ()) -> str:
     return line if len(line) <= MAX_SERVER_TEXT_CHARS else line[: MAX_SERVER_TEXT_CHARS - 1] + "…"
 
 
+def _quoted(text: object, secrets: tuple[str, ...]) -> str:
+    """Return `text` as `clean` does, to stand in a sentence of ours, which has a full stop of its own."""
+    return clean(text, secrets).rstrip(" .")
+
+
 def pause_hint_s(error: BaseException) -> float | None:
     """Return the seconds that the Hub asked to wait, or None where it did not ask.
 
@@ -93,9 +98,9 @@ def translate(error: BaseException, *, doing: str, secrets: tuple[str, ...]) -> 
     if uploading or isinstance(error, transient):
         late = isinstance(error, httpx2.TimeoutException)
         what = "it did not answer in time" if late else "the connection or the transfer failed"
-        return _unavailable(doing, what, f"{kind}: {clean(error, secrets)}")
+        return _unavailable(doing, what, f"{kind}: {_quoted(error, secrets)}.")
     return HubError(
-        f"Could not {doing}: {kind}: {clean(error, secrets)}.",
+        f"Could not {doing}: {kind}: {_quoted(error, secrets)}.",
         why="The Hub refused it, or answered in a form that its client does not understand.",
         fix="Read the message; if it is about the answer's form, check that the endpoint is a Hub.",
     )
@@ -114,7 +119,7 @@ def _root(error: BaseException) -> BaseException:
 
 def _from_status(error: Any, doing: str, secrets: tuple[str, ...], *, uploading: bool) -> RunnerError:
     status = int(error.response.status_code)
-    said = clean(error.server_message or error.response.headers.get("x-error-message") or "", secrets)
+    said = _quoted(error.server_message or error.response.headers.get("x-error-message") or "", secrets)
     answer = f"the Hub answered {status}" + (f" ({said})" if said else "")
     hidden = _hidden(error, answer, doing, uploading=uploading)
     if hidden is not None:
@@ -132,8 +137,8 @@ def _from_status(error: Any, doing: str, secrets: tuple[str, ...], *, uploading:
     if status in (409, 412):
         return PublishConflict(
             f"Could not {doing}: {answer}.",
-            why="Somebody else changed the repository at the same time.",
-            fix="Look at what they did, then run again.",
+            why="Somebody else changed the repository at the same time, or the Hub showed an older state of it.",
+            fix="Look at its newest commits, then run again.",
         )
     return _from_refusal(status, answer, doing)
 
@@ -186,7 +191,7 @@ def _from_refusal(status: int, answer: str, doing: str) -> RunnerError:
 def _from_os(error: OSError, doing: str, secrets: tuple[str, ...]) -> RunnerError:
     from huggingface_hub import errors
 
-    text = clean(error, secrets)
+    text = _quoted(error, secrets)
     if isinstance(error, errors.OfflineModeIsEnabled):
         return HubUnavailable(
             f"Could not {doing}: the client is offline.",
@@ -205,9 +210,9 @@ def _from_os(error: OSError, doing: str, secrets: tuple[str, ...]) -> RunnerErro
     if error.errno is None and refused is not None:
         return _from_xet_refusal(refused[1], doing, of_hub=_XET_TOKEN.search(text) is not None)
     if error.errno is None or isinstance(error, ConnectionError):  # a wrong size, a failed transfer
-        return _unavailable(doing, "the transfer failed", f"{error.__class__.__name__}: {text}")
+        return _unavailable(doing, "the transfer failed", f"{error.__class__.__name__}: {text}.")
     return HubError(
-        f"Could not {doing}: {error.__class__.__name__}: {clean(error.strerror, secrets)}.",
+        f"Could not {doing}: {error.__class__.__name__}: {_quoted(error.strerror, secrets)}.",
         why="A file of the cache or of the release could not be read or written.",
         fix="Check that `cache-dir` and `work-dir` are writable.",
     )

@@ -23,7 +23,7 @@ def commit(run: Run, ground: Ground, *, branch: str, elsewhere: Elsewhere | None
         elsewhere: large contents that the repository holds at some revision: sha256 → (revision, path).
 
     Raises:
-        PublishConflict: somebody else moved the branch.
+        PublishConflict: the branch is not where it was read.
         PublishError: what the Hub holds is not what was sent.
     """
     run.standing = (
@@ -89,9 +89,10 @@ def _landed(run: Run, ground: Ground, answer: str | None, *, branch: str, gone: 
     if answer is not None:
         raise not_what_was_sent(answer, reason, branch)
     raise PublishConflict(
-        f"Somebody else committed to {run.repo_id} during this run: {branch} moved from {ground.head} to {found}.",
-        why="The release is a commit on top of the state that was read, so nothing of theirs is overwritten.",
-        fix="Look at their commit, then run again.",
+        f"{branch} of {run.repo_id} is not where it was read: first {ground.head}, now {found}.",
+        why="Somebody else committed during this run, or the Hub's first answer was older than its last write. The "
+        "release is a commit on top of the state that was read, so nothing is overwritten.",
+        fix=f"Look at commit {found}, then run again.",
     )
 
 

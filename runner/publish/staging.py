@@ -95,9 +95,10 @@ def _follow(hub: Hub, repo_id: str, *, wanted: Wanted, commit: str, head: str, t
         if made is not None:
             raise not_what_was_sent(found, f"its files are not those of {commit}", wanted.branch)
         raise PublishConflict(
-            f"Somebody else committed to {repo_id} during this run: {wanted.branch} moved from {head} to {found}.",
-            why="Nothing of theirs is overwritten.",
-            fix="Look at their commit, then run again.",
+            f"{wanted.branch} of {repo_id} is not where it was read: first {head}, now {found}.",
+            why="Somebody else committed during this run, or the Hub's first answer was older than its last write. "
+            "Nothing is overwritten.",
+            fix=f"Look at commit {found}, then run again.",
         )
 
     return hub.commit(
@@ -138,9 +139,9 @@ def _start_branch(run: Run, branch: str, head: str) -> None:
         found = run.hub.refs(run.repo_id).branches.get(branch)
         if found not in (None, head):
             raise PublishConflict(
-                f"Somebody else started the branch {branch} of {run.repo_id}, at commit {found}.",
-                why="Another run is releasing this tag.",
-                fix="Let it end, then run again.",
+                f"The branch {branch} of {run.repo_id} was not there, and is now, at commit {found}.",
+                why="Another run is releasing this tag, or the Hub's first answer was older than its last write.",
+                fix="If another run is at work, let it end; then run again.",
             )
         return found
 

@@ -31,7 +31,7 @@ def put_tag(
         on_removed: called between the removal of a moved tag and its creation.
 
     Raises:
-        PublishConflict: somebody else put it elsewhere meanwhile; it is not touched then.
+        PublishConflict: it is somewhere else meanwhile; it is not touched then.
         HubError: the Hub refused.
     """
 
@@ -88,7 +88,8 @@ def _is_older(hub: Hub, repo_id: str, one: str, other: str) -> bool:
 
 def _taken(repo_id: str, tag: str, found: str) -> PublishConflict:
     return PublishConflict(
-        f"Somebody else put the tag {tag} of {repo_id} on commit {found} during this run.",
-        why="It is not moved, because it may be pinned already.",
+        f"The tag {tag} of {repo_id} is not where it was read: it is on commit {found} now.",
+        why="Somebody else put it there during this run, or the Hub's first answer was older than its last write. "
+        "It is not moved, because it may be pinned already.",
         fix="Find out who else publishes this tag, then run again, or choose a new tag.",
     )

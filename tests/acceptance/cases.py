@@ -109,7 +109,7 @@ CASES: tuple[Case, ...] = (
     _status("auth-check-write", 503, "released", existing=True),
     _status("refs", 403, "refused", "403", times=FOREVER, existing=True),
     _status("refs", 500, "released", existing=True),
-    _case("refs", "stale once", "refused", "Somebody else committed", kind=Kind.STALE, nth=2, existing=True),
+    _case("refs", "stale once", "refused", "older than its last write", kind=Kind.STALE, nth=2, existing=True),
     _status("create-repo", 403, "refused", "403", times=FOREVER),
     _status("create-repo", 429, "released"),
     _case("create-repo", "made, then 500", "released", kind=Kind.APPLIED_STATUS, status=500),

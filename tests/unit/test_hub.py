@@ -109,10 +109,10 @@ def test_a_failed_upload_is_tried_again_only_where_another_address_may_help(
 
 @pytest.mark.parametrize("status", [402, 403])
 def test_a_full_storage_is_told_as_such(status: int) -> None:
-    words = "Private repository storage limit reached, please upgrade your plan to increase it."
-    found = told(http_error(status, {"X-Error-Message": words}))
+    words = "Private repository storage limit reached, please upgrade your plan to increase it"
+    found = told(http_error(status, {"X-Error-Message": f"{words}."}))
     assert type(found) is HubError
-    assert words in str(found)
+    assert f"({words})." in str(found)
     assert "is full" in str(found)
 
 
