@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _ENTITY = re.compile(r"[<>&$@]")
 _PUNCTUATION = re.compile(r"[\\`*_\[\]()#!|~^{}]|^[-+=]|:(?=\S)|(?<=www)\.", re.IGNORECASE)
+_SPAN = re.compile(r"`([^`]+)`")
 _LIST_NUMBER = re.compile(r"^(\d+)(?=[.)](?:\s|$))")
 
 
@@ -25,6 +26,12 @@ def code(text: str) -> str:
     return f"<code>{_literal(text)}</code>" if text else ""
 
 
+def prose(text: str) -> str:
+    """Return a sentence as `escape` does, with what stands between back-ticks as inline code."""
+    parts = _SPAN.split(" ".join(text.split()))
+    return "".join(code(part) if number % 2 else _spaced(part) for number, part in enumerate(parts))
+
+
 def block(text: str) -> str:
     """Return `text` with its line breaks, in a box of fixed width."""
     lines = [_ENTITY.sub(_entity, line) for line in _printable(text).split("\n")]
@@ -32,9 +39,15 @@ def block(text: str) -> str:
     return "<pre>" + "\n".join(line if line.strip() else "&#32;" for line in lines) + "</pre>"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table; every cell must be Markdown already (see `escape` and `code`)."""
-    lines = [header, ["---"] * len(header), *rows]
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: int = 0) -> str:
+    """Return a table; every cell must be Markdown already (see `escape` and `code`).
+
+    Args:
+        header: of the columns.
+        rows: below it.
+        numbers: how many of the columns, the last ones, hold numbers, which stand on the right.
+    """
+    lines = [header, ["---"] * (len(header) - numbers) + ["---:"] * numbers, *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -50,6 +63,11 @@ def _literal(text: str) -> str:
     line = _PUNCTUATION.sub(lambda found: f"\\{found.group()}", line)
     line = _LIST_NUMBER.sub(r"\1\\", line)
     return _ENTITY.sub(_entity, line)
+
+
+def _spaced(part: str) -> str:
+    """Return a part of a line, escaped, with the spaces at its ends, which part it from code."""
+    return " " * part.startswith(" ") + escape(part) + " " * (part.endswith(" ") and part.strip() != "")
 
 
 def _entity(found: re.Match[str]) -> str:

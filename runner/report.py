@@ -134,7 +134,9 @@ class Report:
         parts = ["## LoRA merge"]
         if verdict is not None:
             parts.append(summary.headline(verdict))
-        elif not self.problems and self.release is None:
+        elif self.problems:
+            parts.append("**❌ Stopped, without a verdict.**")
+        elif self.release is None:
             parts.append("**Nothing was merged or published.**")
         if self.release is not None:
             parts.append(summary.release_section(self.release))

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from runner.canvas import Picture
 from runner.errors import Problem
-from runner.markdown import block, code, details, escape, table
+from runner.markdown import block, code, details, escape, prose, table
 from runner.plan import PlanSummary
 from runner.provenance import REPORT_FOLDER
 from runner.verify.figures import Native
@@ -66,7 +66,9 @@ def number(value: float | None) -> str:
     """Return a measured number for people: four significant digits, a dash for none."""
     if value is None:
         return "–"
-    return str(int(value)) if math.isfinite(value) and value == int(value) and abs(value) < 1e15 else f"{value:.4g}"
+    if math.isfinite(value) and value == int(value) and abs(value) < 1e15:
+        return str(int(value))
+    return f"{value:.4g}".replace("-", "−")  # a browser breaks a line at a hyphen, in the middle of 1e-15
 
 
 def size(size_bytes: int) -> str:
@@ -87,7 +89,7 @@ def duration(seconds: float) -> str:
 def problems_section(problems: Sequence[Problem]) -> str:
     """Return what went wrong, why, and what to do."""
     parts = [
-        f"**{escape(problem.what)}**\n\n- Why: {escape(problem.why)}\n- Fix: {escape(problem.fix)}"
+        f"**{prose(problem.what)}**\n\n- Why: {prose(problem.why)}\n- Fix: {prose(problem.fix)}"
         for problem in problems[:_MOST_TOLD]
     ]
     parts += [f"… and {len(problems) - _MOST_TOLD} more, in report.json."] if len(problems) > _MOST_TOLD else []
@@ -119,9 +121,9 @@ def headline(verdict: Verdict) -> str:
 def verdict_section(verdict: Verdict) -> str:
     """Return every check with its value and limit, failures in words."""
     rows = [_check_row(check) for layer in Layer for check in verdict.checks if check.layer is layer]
-    parts = ["### Checks", table(("", "Layer", "Check", "Value", "Limit"), rows)]
+    parts = ["### Checks", table(("", "Layer", "Check", "Value", "Limit"), rows, numbers=2)]
     told = [check for check in verdict.checks if check.detail and check.outcome is not Outcome.PASS]
-    parts += [f"- {_OUTCOMES[check.outcome]} {escape(check.name)}: {escape(check.detail)}" for check in told]
+    parts += [f"- {_OUTCOMES[check.outcome]} {escape(check.name)}: {prose(check.detail)}" for check in told]
     return "\n\n".join(parts[:2]) + ("\n\n" + "\n".join(parts[2:]) if parts[2:] else "")
 
 
@@ -135,7 +137,7 @@ def diagnoses_section(diagnoses: Sequence[Diagnosis]) -> str:
         about = [code(tensor) for tensor in item.tensors[:3]]
         more = f" and {item.count - len(about)} more" if item.count > len(about) else ""
         where = f" Tensors: {', '.join(about)}{more}." if about else ""
-        parts.append(f"- **{escape(name)}**{sure}: {escape(item.evidence)}{factor}{where}")
+        parts.append(f"- **{escape(name)}**{sure}: {prose(item.evidence)}{factor}{where}")
     return "\n\n".join([parts[0], "\n".join(parts[1:])])
 
 
@@ -161,10 +163,10 @@ def quality_section(quality: Quality) -> str:
         note += f"Your text: {found.tokens} tokens{cut}; unmerged perplexity {number(found.unmerged)}, "
         note += f"merged over unmerged {found.ratio:.5g}. "
     note += "Gates only what `quality-limits` names."
-    parts = ["### Quality", table(("", "Merged", "Base"), rows), note]
+    parts = ["### Quality", table(("Over the prompts", "Merged", "Base"), rows, numbers=2), note]
     if quality.tasks:
         scores = [(code(s.task), code(s.metric), number(s.unmerged), number(s.merged)) for s in quality.tasks]
-        parts.append(table(("Task", "Metric", "Unmerged", "Merged"), scores))
+        parts.append(table(("Task", "Metric", "Unmerged", "Merged"), scores, numbers=2))
     return "\n\n".join(parts)
 
 
@@ -201,7 +203,7 @@ def modules_section(modules: Sequence[ModuleRow]) -> str:
     worst = sorted(modules, key=lambda row: (-(_rank(row.probe_error)), row.retention))[:WORST_MODULES]
     rows = [(code(row.name), number(row.probe_error), number(row.delta_ratio), number(row.retention)) for row in worst]
     title = f"Worst {len(worst)} of {len(modules)} changed modules"
-    return details(title, table(("Module", "Probe error", "‖ΔW‖/‖W‖", "Retention"), rows))
+    return details(title, table(("Module", "Probe error", "‖ΔW‖/‖W‖", "Retention"), rows, numbers=3))
 
 
 def continuations_section(continuations: Sequence[Continuation]) -> str:
@@ -230,25 +232,32 @@ def plan_section(plan: PlanSummary) -> str:
         ("Peak memory of the merge, estimated from above", size(plan.peak_memory_bytes)),
         ("Peak memory of the judgement, estimated from above", size(plan.judge_memory_bytes)),
     ]
-    notes = "".join(f"\n- {escape(note)}" for note in plan.notes[:_MOST_TOLD])
+    notes = "".join(f"\n- {prose(note)}" for note in plan.notes[:_MOST_TOLD])
     notes += f"\n- … and {len(plan.notes) - _MOST_TOLD} more, in report.json" if len(plan.notes) > _MOST_TOLD else ""
-    return f"### Plan\n\n{table(('', ''), rows)}" + (f"\n{notes}" if notes else "")
+    return f"### Plan\n\n{table(('What', 'How much'), rows)}" + (f"\n{notes}" if notes else "")
 
 
 def facts_section(title: str, facts: Mapping[str, object]) -> str:
     """Return names and values as a folded table; empty values are left out."""
     rows = [
-        (escape(name), "<br>".join(code(line) for line in str(value).splitlines()))
+        (escape(name), "<br>".join(code(line) for line in _written(value).splitlines()))
         for name, value in facts.items()
         if value not in ("", None)
     ]
-    return details(title, table(("", ""), rows)) if rows else ""
+    return details(title, table(("Name", "Value"), rows)) if rows else ""
+
+
+def _written(value: object) -> str:
+    """Return a value as a workflow writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def timings_section(phases: Iterable[tuple[str, float]]) -> str:
     """Return how long each phase took, as a folded table."""
-    rows = [(escape(name), duration(seconds)) for name, seconds in phases]
-    return details("Timings", table(("Phase", "Time"), rows)) if rows else ""
+    spent = list(phases)
+    rows = [(escape(name), duration(seconds)) for name, seconds in spent]
+    total = duration(sum(seconds for _, seconds in spent))
+    return details(f"Timings: {total} in all", table(("Phase", "Time"), rows, numbers=1)) if rows else ""
 
 
 def _link(text: str, url: str) -> str:
@@ -261,7 +270,7 @@ def _check_row(check: Check) -> tuple[str, ...]:
     mark = _OUTCOMES[check.outcome]
     return (
         mark,
-        escape(_layer(check.layer)),
+        escape(check.layer.value.replace("_", " ")).replace(" ", "&nbsp;"),
         escape(check.name),
         number(check.value),
         number(check.limit),
@@ -272,10 +281,6 @@ def _lines(text: str, longest: int) -> str:
     """Return a text as one table cell with its line breaks, cut."""
     shown = text if len(text) <= longest else f"{text[:longest]}…"
     return "<br>".join(escape(line) for line in shown.splitlines()) or "(nothing)"
-
-
-def _layer(layer: Layer) -> str:
-    return layer.value.replace("_", " ")
 
 
 def _rank(error: float | None) -> float:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from runner.markdown import block, code, details, escape, table
+from runner.markdown import block, code, details, escape, prose, table
 
 HOSTILE = st.lists(
     st.sampled_from(
@@ -31,7 +31,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        assert not attrs
+        assert not [name for name, value in attrs if (name, value) != ("style", "text-align:right")]  # of a number
 
     def handle_data(self, data: str) -> None:
         self.text += data.replace("\u200b", "")
@@ -47,6 +47,20 @@ def test_escaped_text_is_text(text: str) -> None:
 
     assert set(page.tags) <= {"p"}
     assert words(page.text) == words(text)
+
+
+@given(HOSTILE)
+def test_prose_is_text_and_code(text: str) -> None:
+    page = Page(prose(text))
+
+    assert set(page.tags) <= {"p", "code"}
+    assert "".join(words(page.text.replace("`", ""))) == "".join(words(text.replace("`", "")))
+
+
+def test_prose_shows_what_is_meant_as_code() -> None:
+    assert prose("`tag` is 'a*b'; set `x: <y>`, or `z`.") == (
+        "<code>tag</code> is 'a\\*b'; set <code>x: &#60;y&#62;</code>, or <code>z</code>."
+    )
 
 
 @given(HOSTILE, HOSTILE)

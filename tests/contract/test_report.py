@@ -206,7 +206,7 @@ def test_markdown_has_the_verdict_first_and_every_part() -> None:
         "0.000265",
         "0.92",
         "Worst 5 of 8",
-        "3.8e-13",
+        "3.8e−13",
         "6 min 40 s",
         "2.13.0",
     ):
