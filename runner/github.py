@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol
 
 from runner.errors import Problem, RunnerError
 
@@ -29,7 +30,18 @@ MIN_REDACTED_CHARS = 6  # a shorter secret would black out half of the log
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_CONTINUED = " (continued)"
 _CUT = "\n\n> The rest was cut here: a summary may hold 1 MiB. The whole text is in the report's files.\n"
+
+
+class Stream(Protocol):
+    """Where the log goes: standard output, or a live display."""
+
+    def write(self, text: str, /) -> int:
+        """Write whole lines."""
+
+    def flush(self) -> None:
+        """Show what was written."""
 
 
 class GitHub:
@@ -39,13 +51,15 @@ class GitHub:
         is_active: whether a runner is listening.
     """
 
-    def __init__(self, environ: Mapping[str, str], out: TextIO) -> None:
+    def __init__(self, environ: Mapping[str, str], out: Stream) -> None:
         """Speak on `out` and into the files that `environ` names."""
         self.is_active = environ.get("GITHUB_ACTIONS") == "true"
         self._out = out
         self._files = {name: environ.get(f"GITHUB_{name}", "") for name in ("OUTPUT", "STATE", "STEP_SUMMARY")}
         self._secrets: list[str] = []
         self._annotations: Counter[str] = Counter()
+        self._group: str | None = None
+        self._lock = threading.RLock()  # several threads speak, and a line must not begin in the middle of another
 
     def mask(self, value: str) -> None:
         """Hide `value`, and each of its lines, in everything that is said from now on, here and by the runner."""
@@ -64,16 +78,28 @@ class GitHub:
             text = text.replace(secret, "***")
         return text
 
+    def begin_group(self, title: str) -> None:
+        """Fold everything that is said from now on under `title`. A group that is open ends: the runner nests none."""
+        with self._lock:
+            self.end_group()
+            self._group = self.redact(" ".join(title.split()))
+            self._print(f"::group::{_escape_data(self._group)}" if self.is_active else _inert(f"== {self._group}"))
+
+    def end_group(self) -> None:
+        """End the group that is open, if one is."""
+        with self._lock:
+            if self._group is not None and self.is_active:
+                self._print("::endgroup::")
+            self._group = None
+
     @contextmanager
     def group(self, title: str) -> Iterator[None]:
         """Fold everything that is said inside under `title`."""
-        title = self.redact(" ".join(title.split()))
-        self._print(f"::group::{_escape_data(title)}" if self.is_active else _inert(f"== {title}"))
+        self.begin_group(title)
         try:
             yield
         finally:
-            if self.is_active:
-                self._print("::endgroup::")
+            self.end_group()
 
     def info(self, text: str) -> None:
         """Log `text`, which may come from anywhere; none of its lines can become a command."""
@@ -137,11 +163,23 @@ class GitHub:
     def _annotate(self, kind: str, title: str, text: str) -> None:
         title, text = self.redact(title), self.redact(text)
         self._annotations[kind] += 1
-        if not self.is_active or self._annotations[kind] > MAX_ANNOTATIONS:
-            self.info(f"{kind}: {text}" if text.startswith(title) else f"{kind}: {title}\n{text}")
-            return
-        title = _escape_property(_cut(" ".join(title.split()), MAX_TITLE_CHARS))
-        self._print(f"::{kind} title={title}::{_escape_data(_cut(_printable(text), MAX_MESSAGE_CHARS))}")
+        with self._outside_groups():
+            if not self.is_active or self._annotations[kind] > MAX_ANNOTATIONS:
+                self.info(f"{kind}: {text}" if text.startswith(title) else f"{kind}: {title}\n{text}")
+                return
+            title = _escape_property(_cut(" ".join(title.split()), MAX_TITLE_CHARS))
+            self._print(f"::{kind} title={title}::{_escape_data(_cut(_printable(text), MAX_MESSAGE_CHARS))}")
+
+    @contextmanager
+    def _outside_groups(self) -> Iterator[None]:
+        """Interrupt the open group for what nobody may have to unfold."""
+        with self._lock:
+            group = self._group if self.is_active else None
+            if group is not None:
+                self.end_group()
+            yield
+            if group is not None:
+                self.begin_group(group if group.endswith(_CONTINUED) else group + _CONTINUED)
 
     def _write_entries(self, file: str, entries: Mapping[str, str]) -> None:
         lines = [_entry(name, self.redact(value)) for name, value in entries.items()]
@@ -156,7 +194,9 @@ class GitHub:
             raise _unwritable(path, error) from error
 
     def _print(self, line: str) -> None:
-        print(line.encode("utf-8", "replace").decode("utf-8"), file=self._out, flush=True)
+        with self._lock:
+            self._out.write(line.encode("utf-8", "replace").decode("utf-8") + "\n")
+            self._out.flush()
 
 
 class _Relay(io.TextIOBase):

@@ -1,17 +1,13 @@
-"""The plan, and how far a phase is, as lines of the log."""
+"""What came of a phase, as lines of the log."""
 
 from __future__ import annotations
 
-from runner.events import Progress
+from collections.abc import Iterator
+
+from runner.events import Merged
+from runner.hub import Traffic
 from runner.plan import PlanSummary
-
-
-def progress_line(event: Progress, elapsed_s: float) -> str:
-    """Return one line with how far the phase is, its rate and when it will be done."""
-    part = event.done / event.total if event.total else 1.0
-    left_s = elapsed_s * (1 - part) / part if part else 0.0
-    rate = "" if event.total <= 1 else f", {event.done / max(elapsed_s, 1e-9) / 1e6:.0f} MB/s"
-    return f"{event.phase}: {100 * part:.0f} %{rate}, about {left_s:.0f} s left ({event.doing})"
+from runner.verify.verdict import Verdict
 
 
 def plan_lines(plan: PlanSummary) -> list[str]:
@@ -25,3 +21,32 @@ def plan_lines(plan: PlanSummary) -> list[str]:
         f"{plan.judge_memory_bytes / 1e6:.0f} MB to verify",
     ]
     return [*lines, *(f"  note: {note}" for note in plan.notes)]
+
+
+def traffic_line(traffic: Traffic) -> str:
+    """Return what came from the cache and what did not; "" where nothing was asked for."""
+    if not traffic.hit_bytes and not traffic.miss_bytes:
+        return ""
+    return f"Downloads: {traffic.hit_bytes / 1e6:.1f} MB were in the cache, {traffic.miss_bytes / 1e6:.1f} MB not."
+
+
+def merged_lines(event: Merged) -> Iterator[str]:
+    """Yield what was merged, in what time."""
+    merged = event.checkpoint
+    if merged.note:
+        yield merged.note
+    rate = merged.written_bytes / max(merged.wall_s, 1e-9) / 1e6
+    yield (
+        f"Merged {merged.tensors_merged} tensors, copied {merged.tensors_copied}, "
+        f"{merged.wall_s:.1f} s, {rate:.0f} MB/s, peak {event.peak_rss_bytes / 1e6:.0f} MB."
+    )
+
+
+def verdict_lines(verdict: Verdict) -> Iterator[str]:
+    """Yield the verdict, what failed, and why as far as that was computed."""
+    yield f"Verdict: {verdict.status.value}."
+    for check in verdict.failures:
+        yield f"  FAIL {check.layer.value}: {check.name}: {check.detail}"
+    for diagnosis in verdict.diagnoses:
+        sure = "" if diagnosis.is_certain else " (likely)"
+        yield f"  DIAGNOSIS {diagnosis.kind.value}{sure}: {diagnosis.evidence}"

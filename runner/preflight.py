@@ -16,7 +16,7 @@ from runner.checkpoint.layout import read_checkpoint
 from runner.combinable import check_combinable
 from runner.converted import Pickles, conversion_note
 from runner.disk import REPORT_BYTES, Need, check_room
-from runner.hub import Hub, Keyless, Login, Snapshot, connect, read_patience
+from runner.hub import Hub, Keyless, Login, OnDownload, Snapshot, connect, read_patience
 from runner.inputs import IDENTITY_TOKEN, IDENTITY_URL, Inputs, RepoRef
 from runner.provenance import AdapterOrigin, Origin, adapter_digest, base_digest
 from runner.publish import Destination, FolderDestination, HubDestination, Wanted
@@ -54,13 +54,14 @@ class Resolved:
         return self.adapters[0]
 
 
-def open_hubs(inputs: Inputs, environ: Mapping[str, str], mask: Callable[[str], None]) -> Hubs:
+def open_hubs(inputs: Inputs, environ: Mapping[str, str], mask: Callable[[str], None], on_download: OnDownload) -> Hubs:
     """Return the Hub with what may write and with what reads, as patient as `environ` asks; nothing is requested yet.
 
     Args:
         inputs: name the Hub and the tokens.
         environ: holds what a job without a token proves itself with.
         mask: told every token that is made later.
+        on_download: told how far a download is; see `connect`.
 
     Raises:
         InputError: see `read_patience`.
@@ -68,8 +69,14 @@ def open_hubs(inputs: Inputs, environ: Mapping[str, str], mask: Callable[[str], 
     timeout_s, patience = read_patience(environ)
 
     def hub(token: str | None, login: Login | None = None) -> Hub:
-        endpoint = inputs.placement.endpoint
-        return connect(endpoint, token=token, login=login, timeout_s=timeout_s, patience=patience)
+        return connect(
+            inputs.placement.endpoint,
+            token=token,
+            login=login,
+            timeout_s=timeout_s,
+            patience=patience,
+            on_download=on_download,
+        )
 
     reading = hub(inputs.base_token)
     if not inputs.is_keyless or inputs.placement.repo_id is None:

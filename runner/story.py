@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,24 +20,22 @@ from runner.documents import make_documents, merge_facts
 from runner.errors import HubError, LaunchError, PublishError
 from runner.events import Event, Judged, Merged, PhaseStarted, Planned, Progress, ShardReady, Told
 from runner.github import GitHub
-from runner.hub import Traffic
 from runner.inherited import inherit, read_readme
 from runner.inputs import Inputs
 from runner.launch import Worker, launch
-from runner.lines import plan_lines, progress_line
+from runner.lines import merged_lines, plan_lines, traffic_line, verdict_lines
 from runner.loading import read_loading
 from runner.orders import worker_job, worker_wish
 from runner.pictures import draw
 from runner.plan import PlanSummary
 from runner.preflight import Resolved, check_disks, fetch_base, fetch_merged, open_destination, open_hubs, resolve
+from runner.progress import Showing
 from runner.provenance import CHECKSUMS, released
 from runner.publish import Destination, EarlyUpload, Release, ToPublish
 from runner.record import Record
 from runner.stop import Stops
 from runner.verify.verdict import Status, Verdict
 from runner.work import WorkFolder
-
-PROGRESS_EVERY_S = 15.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,6 +48,7 @@ class Story:
     record: Record
     work: WorkFolder
     stops: Stops
+    showing: Showing
     early: EarlyUpload | None = field(default=None, init=False)
 
     def run(self) -> None:
@@ -58,7 +57,7 @@ class Story:
         Raises:
             RunnerError: see the rooms that do the work. A failed verdict raises nothing.
         """
-        hubs = open_hubs(self.inputs, self.environ, self.github.mask)
+        hubs = open_hubs(self.inputs, self.environ, self.github.mask, self._on_download)
         destination = open_destination(self.inputs, hubs)
         pickles = Pickles(allowed=self.inputs.allow_pickle, into=self.work.path / "converted", environ=self.environ)
         cache = self.inputs.cache_dir or self.work.path / "cache"
@@ -82,7 +81,8 @@ class Story:
             with self._phase("download"):
                 base = fetch_base(resolved, hubs, cache, pickles, headers_only=self.inputs.mode == "plan")
                 merged = fetch_merged(self.inputs, hubs, cache) if self.inputs.mode == "verify" else None
-                self._tell_traffic(hubs.reading.traffic)
+            self.record.traffic = hubs.reading.traffic
+            self._say(traffic_line(hubs.reading.traffic))
             if self.inputs.device != "cuda":
                 self._check_device(worker)
             if merged is not None:
@@ -98,15 +98,9 @@ class Story:
         if destination is not None:
             self._publish(destination, resolved, base)
 
-    def _tell_traffic(self, traffic: Traffic) -> None:
-        self.record.traffic = traffic
-        if traffic.hit_bytes or traffic.miss_bytes:
-            self.github.info(
-                f"Downloads: {traffic.hit_bytes / 1e6:.1f} MB were in the cache, {traffic.miss_bytes / 1e6:.1f} MB not."
-            )
-
     def _check_device(self, worker: Worker) -> None:
-        ready = worker.wait_until_ready()
+        with self._phase("worker"):
+            ready = worker.wait_until_ready()
         self.record.versions = dict(ready.versions)
         problem = ready.cuda_problem
         if self.inputs.device == "cuda" and problem is not None:
@@ -123,23 +117,21 @@ class Story:
 
     def _follow(self, worker: Worker) -> None:
         phase: str | None = None
-        started = shown = time.monotonic()
+        started = time.monotonic()
         for event in worker.events():
-            now = time.monotonic()
             if isinstance(event, PhaseStarted):
                 self._finish_phase(phase, started)
-                phase, started, shown = event.phase, now, now
+                phase, started = event.phase, time.monotonic()
                 self.record.phase = phase
                 self.stops.begin_phase()
-                self.github.info(f"{phase.capitalize()} …")
+                self.showing.begin(phase)
             elif isinstance(event, Progress):
-                if now - shown >= PROGRESS_EVERY_S:
-                    shown = now
-                    self.github.info(progress_line(event, now - started))
+                self.showing.advance(event)
             else:
                 self._take(event)
         self._finish_phase(phase, started)
         self.stops.end_phase()
+        self.showing.end()
 
     def _finish_phase(self, phase: str | None, started: float) -> None:
         if phase is not None:
@@ -154,30 +146,19 @@ class Story:
             self.early.offer(event.folder / event.file.path, event.file)
         elif isinstance(event, Planned):
             self.record.plan = replace(event.summary, notes=(*self.record.notes, *event.summary.notes))
-            for line in plan_lines(event.summary):
-                self.github.info(line)
+            if self.inputs.mode == "plan":  # then it is what came of the run
+                self.showing.end()
+            self._say(*plan_lines(event.summary))
         elif isinstance(event, Merged):
             self.record.merged = event.checkpoint
             self.record.merged_digest = digest_of(released(event.checkpoint.files))
             self.record.peak_rss_bytes = event.peak_rss_bytes
-            if event.checkpoint.note:
-                self.github.info(event.checkpoint.note)
-            rate = event.checkpoint.written_bytes / max(event.checkpoint.wall_s, 1e-9) / 1e6
-            self.github.info(
-                f"Merged {event.checkpoint.tensors_merged} tensors, copied {event.checkpoint.tensors_copied}, "
-                f"{event.checkpoint.wall_s:.1f} s, {rate:.0f} MB/s, peak {event.peak_rss_bytes / 1e6:.0f} MB."
-            )
+            self.showing.end()
+            self._say(*merged_lines(event))
         elif isinstance(event, Judged):
-            self._tell_verdict(event.verdict)
-
-    def _tell_verdict(self, verdict: Verdict) -> None:
-        self.record.verdict = verdict
-        self.github.info(f"Verdict: {verdict.status.value}.")
-        for check in verdict.failures:
-            self.github.info(f"  FAIL {check.layer.value}: {check.name}: {check.detail}")
-        for diagnosis in verdict.diagnoses:
-            sure = "" if diagnosis.is_certain else " (likely)"
-            self.github.info(f"  DIAGNOSIS {diagnosis.kind.value}{sure}: {diagnosis.evidence}")
+            self.record.verdict = event.verdict
+            self.showing.end()
+            self._say(*verdict_lines(event.verdict))
 
     def _publish(self, destination: Destination, resolved: Resolved, base: Path) -> None:
         record = self.record
@@ -209,7 +190,7 @@ class Story:
                     sent=self.early.sent() if self.early is not None else {},
                 ),
                 say=self.github.info,
-                on_progress=self._upload_progress(),
+                on_progress=self._on_upload,
             )
         release = record.release
         self._read_checksums(destination, release)
@@ -239,18 +220,11 @@ class Story:
             signed_by=key.fingerprint if key else None,
         )
 
-    def _upload_progress(self) -> Callable[[int, int], None]:
-        started = shown = time.monotonic()
+    def _on_download(self, done: int, total: int, doing: str) -> None:
+        self.showing.advance(Progress(phase=self.record.phase, done=done, total=total, doing=doing))
 
-        def report(done: int, total: int) -> None:
-            nonlocal shown
-            now = time.monotonic()
-            if now - shown >= PROGRESS_EVERY_S:
-                shown = now
-                event = Progress(phase="publish", done=float(done), total=float(total), doing="uploading")
-                self.github.info(progress_line(event, now - started))
-
-        return report
+    def _on_upload(self, done: int, total: int) -> None:
+        self.showing.advance(Progress(phase="publish", done=done, total=total, doing="uploading"))
 
     def _is_allowed(self, status: Status | None) -> bool:
         return status is Status.NOT_VERIFIED and self.inputs.allow_not_verified
@@ -287,13 +261,18 @@ class Story:
         except (HubError, OSError) as error:  # the release is whole without it
             self.github.info(f"{CHECKSUMS} of the release could not be read: {error}")
 
+    def _say(self, *lines: str) -> None:
+        for line in filter(None, lines):
+            self.github.info(line)
+
     def _relay(self, line: str) -> None:
         self.github.info(f"[worker] {line}")
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        self.github.info(f"{name.capitalize()} …")
+        self.showing.begin(name)
         self.stops.begin_phase()
         with self.record.timed(name):
             yield
         self.stops.end_phase()
+        self.showing.end()

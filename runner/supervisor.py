@@ -31,6 +31,7 @@ from runner.github import GitHub
 from runner.inputs import Inputs, given_secrets, parse, usage, wants_help
 from runner.launch import has_engine, is_mounted, own_ids
 from runner.owner import give_back
+from runner.progress import Showing
 from runner.record import Record
 from runner.stop import PhaseTimedOut, Stopped, Stops
 from runner.story import Story
@@ -38,6 +39,7 @@ from runner.work import work_folder
 
 if TYPE_CHECKING:
     from runner.launch.again import Again
+    from runner.screen import LiveScreen
 
 END_S = 7.0  # for the second container to end, which has its own clock
 
@@ -52,24 +54,28 @@ def main(environ: Mapping[str, str], argv: Sequence[str]) -> int:
     if wants_help(argv):
         print(usage())
         return 0
-    github = GitHub(environ, sys.stdout)
+    screen = _screen(environ)
+    github = GitHub(environ, screen or sys.stdout)
     if "--check-gpu" in argv:
         return check_gpu(environ, github)
     for secret in given_secrets(environ):
         github.mask(secret)
     record = Record()
+    showing = Showing(github, screen)
 
     def tell_stopped(stopped: Stopped) -> int:
         if record.is_elsewhere:
             return EXIT_CANCELLED
+        showing.close()  # the main thread may be stuck in a phase
         error = _timed_out(record) if isinstance(stopped, PhaseTimedOut) else None
         record.problems = (error.problem,) if error else (_cancelled(record),)
         return _tell(github, record, error.exit_code if error else EXIT_CANCELLED)
 
     with Stops(tell_stopped) as stops:
         try:
-            with github.relayed_stderr():  # what libraries print may quote a server, and must not be a command
-                code = _run(environ, argv, github, record, stops)
+            # What libraries print may quote a server, and must not be a command.
+            with showing, github.relayed_stderr():
+                code = _run(environ, argv, github, record, stops, showing)
             if record.is_elsewhere:
                 return code
         except (Stopped, Exception) as error:  # noqa: BLE001  (the edge: whatever nobody foresaw ends here)
@@ -94,7 +100,18 @@ def _note(error: BaseException, github: GitHub, record: Record) -> int:
     return EXIT_INTERNAL
 
 
-def _run(environ: Mapping[str, str], argv: Sequence[str], github: GitHub, record: Record, stops: Stops) -> int:
+def _screen(environ: Mapping[str, str]) -> LiveScreen | None:
+    """Return a live display where a person looks at a terminal, else None."""
+    if not sys.stdout.isatty():
+        return None
+    from runner.screen import open_screen  # rich takes a moment, for those who see it
+
+    return open_screen(sys.stdout, environ)
+
+
+def _run(
+    environ: Mapping[str, str], argv: Sequence[str], github: GitHub, record: Record, stops: Stops, showing: Showing
+) -> int:
     event = read_event(environ)
     inputs = parse(environ, argv, event_tag=event.tag, event_problems=event.problems)
     for secret in inputs.secrets:
@@ -114,7 +131,9 @@ def _run(environ: Mapping[str, str], argv: Sequence[str], github: GitHub, record
             if work.lock is None:  # one below `work-dir` stays for the next run
                 stops.at_last(lambda: shutil.rmtree(work.path, ignore_errors=True))
             github.save_state({"container": next(iter(own_ids()), ""), "work": str(work.path)})
-            Story(inputs=inputs, environ=environ, github=github, record=record, work=work, stops=stops).run()
+            Story(
+                inputs=inputs, environ=environ, github=github, record=record, work=work, stops=stops, showing=showing
+            ).run()
     finally:
         for folder, is_ours in ((inputs.cache_dir, True), (inputs.work_dir, False)):
             if folder is not None:

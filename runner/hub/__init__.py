@@ -5,6 +5,7 @@ preflight of a publish. huggingface_hub is imported on first use, because the su
 """
 
 from runner.hub.client import MANIFEST, Hub, connect
+from runner.hub.counting import OnDownload
 from runner.hub.keyless import Keyless
 from runner.hub.login import Given, Login
 from runner.hub.preflight import BRANCH, Refs, Target, Wishes
@@ -20,6 +21,7 @@ __all__ = [
     "Keyless",
     "Login",
     "Made",
+    "OnDownload",
     "Patience",
     "Refs",
     "RemoteFile",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from runner.errors import HubError
+from runner.hub.counting import OnDownload
 from runner.hub.login import Given, Login
 from runner.hub.preflight import Refs, Target, Wishes, inspect
 from runner.hub.select import Kind
@@ -37,6 +38,7 @@ def connect(
     login: Login | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     patience: Patience | None = None,
+    on_download: OnDownload = lambda _done, _total, _doing: None,
 ) -> Hub:
     """Return the Hub at `endpoint`, used with exactly this token or login; nothing is requested yet.
 
@@ -46,24 +48,27 @@ def connect(
         login: what gives tokens, instead of `token`.
         timeout_s: longest silence of the server in one request.
         patience: how long failing calls are repeated.
+        on_download: told how far each snapshot is: bytes that are there, bytes in all, what is being done. From any
+            thread.
     """
     from huggingface_hub import HfApi
 
     install_client(timeout_s)
     login = login or Given(token)
     api = HfApi(endpoint=endpoint, token=token or False)
-    return Hub(api, Caller(login=login, patience=patience or Patience()), login)
+    return Hub(api, Caller(login=login, patience=patience or Patience()), login, on_download)
 
 
 class Hub(Writing):
     """One Hub with one login."""
 
-    def __init__(self, api: HfApi, caller: Caller, login: Login) -> None:
-        """Take the client, what repeats its calls, and what gives their tokens; see `connect`."""
+    def __init__(self, api: HfApi, caller: Caller, login: Login, on_download: OnDownload) -> None:
+        """Take the client, what repeats its calls, what gives their tokens, and who is told; see `connect`."""
         self._api = api
         self._caller = caller
         self.traffic = Traffic()
         self._login = login
+        self._on_download = on_download
 
     def __repr__(self) -> str:
         return f"Hub({self.endpoint!r})"
@@ -122,6 +127,7 @@ class Hub(Writing):
             cache_dir=cache_dir,
             traffic=self.traffic,
             pickles=pickles,
+            on_download=self._on_download,
         )
         root = download.fetch(self.tree(repo_id, commit), kind)
         return Snapshot(ref=ref, repo_id=repo_id, commit=commit, root=root)

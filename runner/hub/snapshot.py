@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from runner.checkpoint.layout import read_weight_map
 from runner.checkpoint.pickled import PICKLED_INDEX
 from runner.errors import BrokenCheckpoint, HubError, NotEnoughDisk
+from runner.hub.counting import Meter, OnDownload
 from runner.hub.outline import write_stand_in
 from runner.hub.select import Kind, check_adapter, companions, weights_or_index
 from runner.hub.transport import Caller
@@ -100,9 +101,10 @@ class Download:
         cache_dir: Path,
         traffic: Traffic | None = None,
         pickles: bool = False,
+        on_download: OnDownload = lambda _done, _total, _doing: None,
     ) -> None:
-        """Take the client, the repository, the commit id, the cache, what counts bytes, and whether pickles will do."""
-        self._api, self._caller = api, caller
+        """Take the client, the repository at a commit, the cache, who counts bytes, and whether pickles will do."""
+        self._api, self._caller, self._on_download = api, caller, on_download
         self._traffic, self._pickles = traffic or Traffic(), pickles
         self._repo_id, self._commit, self._cache = repo_id, commit, cache_dir
         self._named = f"{repo_id}@{commit[:12]}"
@@ -119,7 +121,7 @@ class Download:
         wanted = {path: tree[path] for path in self._select(tree, kind)}
         missing_bytes = self.missing_bytes(wanted)
         self._check_space(missing_bytes)
-        self._download(tuple(wanted))
+        self._download(tuple(wanted), missing_bytes)
         self._traffic.miss_bytes += missing_bytes
         self._traffic.hit_bytes += sum(file.size_bytes for file in wanted.values()) - missing_bytes
         view = self._cache / "views" / self._repo_id.replace("/", "--") / f"{self._commit}-{kind}"
@@ -186,7 +188,8 @@ class Download:
                 fix="Free space, or point `cache-dir` at a larger disk.",
             )
 
-    def _download(self, paths: tuple[str, ...], *, force: bool = False) -> Path:
+    def _download(self, paths: tuple[str, ...], missing_bytes: int = 0, *, force: bool = False) -> Path:
+        meter = Meter(self._on_download, missing_bytes, self._repo_id)
         return Path(
             self._caller.read(
                 f"download {self._named}",
@@ -198,6 +201,7 @@ class Download:
                     allow_patterns=[glob.escape(path) for path in paths],
                     max_workers=DOWNLOAD_THREADS,
                     force_download=force,
+                    tqdm_class=meter.bar,
                 ),
                 attempts=3,  # the client repeats each request itself
             )
@@ -206,8 +210,11 @@ class Download:
     def _check(self, wanted: Tree, notes: Path) -> None:
         known = _read_notes(notes)
         fresh: dict[str, Any] = {}
+        done, total = 0, sum(file.size_bytes for file in wanted.values())
         for path, file in wanted.items():
             fresh[path] = self._check_file(file, known.get(path))
+            done += file.size_bytes
+            self._on_download(done, total, f"checking {self._repo_id}")
         notes.parent.mkdir(parents=True, exist_ok=True)
         _write_atomically(notes, json.dumps(fresh, sort_keys=True))
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +40,35 @@ class Again:
             self._engine.client.api.kill(self._container, "SIGINT")
 
     def relay(self) -> int:
-        """Run it, write on standard output what it says, and return its exit code. It is removed, however this ends."""
+        """Run it, write on standard output what it says, and return its exit code. It is removed, however this ends.
+
+        A thread reads what it says, so that a signal, which interrupts this one, loses no byte of it: a cancelled
+        container still ends its group in the log and tells what happened.
+        """
         api = self._engine.client.api
+        all_said = threading.Event()  # not `join`: interrupted by a signal once, it takes the thread as ended (3.11)
         try:
             with translated("run the action with `cache-dir` mounted"):
-                stream = api.attach(self._container, stream=True, logs=True)
+                said = api.attach(self._container, stream=True, logs=True)
+                threading.Thread(target=self._copy, args=(said, all_said), daemon=True).start()
                 api.start(self._container)
-                for chunk in stream:
-                    sys.stdout.buffer.write(chunk)
-                    sys.stdout.buffer.flush()
+                all_said.wait()
                 return int(api.wait(self._container)["StatusCode"])
         except BaseException:  # cancelled: it was told so, and what it says from now on is the end of the story
-            now = time.time()
-            with contextlib.suppress(docker.errors.DockerException, requests.RequestException):
-                api.wait(self._container, timeout=END_S)
-                sys.stdout.buffer.write(api.logs(self._container, since=now))
+            all_said.wait(END_S)
             raise
         finally:
             self._engine.remove(self._container)
+
+    @staticmethod
+    def _copy(stream: Iterable[bytes], all_said: threading.Event) -> None:
+        try:
+            with contextlib.suppress(docker.errors.DockerException, requests.RequestException, OSError):
+                for chunk in stream:
+                    sys.stdout.buffer.write(chunk)
+                    sys.stdout.buffer.flush()
+        finally:
+            all_said.set()
 
 
 def start_again(environ: Mapping[str, str], folder: Path, say: Callable[[str], None]) -> Again | None:
