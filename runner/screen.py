@@ -41,7 +41,12 @@ class LiveScreen:
             BarColumn(bar_width=20),
             _Share(table_column=Column(no_wrap=True, min_width=5, justify="right")),
             _Times(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[doing]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+            TextColumn(
+                "{task.fields[doing]}",
+                style="dim",
+                markup=False,
+                table_column=Column(no_wrap=True, overflow="ellipsis"),
+            ),
             console=console,
             refresh_per_second=FRAMES_PER_S,
             redirect_stdout=False,
