@@ -77,10 +77,11 @@ class LiveScreen:
 
     def close(self) -> None:
         """Leave the terminal as it was found; a phase that is not done is shown as stopped."""
-        if self._task is not None:
-            self._bars.update(self._task, is_stopped=True, doing="")
-            self._bars.stop_task(self._task)
-            self._task = None
+        for task in self._bars.tasks:  # not only the last: a signal may come while that is being added
+            if not task.finished and not task.fields["is_stopped"]:
+                self._bars.update(task.id, is_stopped=True, doing="")
+                self._bars.stop_task(task.id)
+        self._task = None
         self._bars.stop()
 
     def write(self, text: str) -> int:

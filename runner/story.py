@@ -270,9 +270,9 @@ class Story:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        self.showing.begin(name)
-        self.stops.begin_phase()
-        with self.record.timed(name):
+        with self.record.timed(name):  # named before it is shown: a signal may come while it is
+            self.showing.begin(name)
+            self.stops.begin_phase()
             yield
         self.stops.end_phase()
         self.showing.end()
