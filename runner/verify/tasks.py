@@ -38,12 +38,12 @@ def check_tasks(tasks: Sequence[str]) -> None:
     """
     with quiet():
         try:
-            manager, names = _manager(tasks), _names(tasks)
+            names, manager = _names(tasks), _manager(tasks)
             known = list(manager.all_tasks)
             wrong = [_unknown(name, known) for name in names if name not in known]
             wrong += [_unloadable(name, manager) for name in names if name in known]
         except LOAD_ERRORS as error:
-            wrong = [f"a YAML file cannot be read ({first_line(error)})"]
+            wrong = [first_line(error)]
     told = "; ".join(filter(None, wrong))
     if told:
         raise InputError(

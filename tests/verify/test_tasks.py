@@ -81,9 +81,11 @@ def test_what_cannot_be_run_is_refused_before_the_merge(
     with pytest.raises(InputError, match=r"knows no task 'helaswag' .*hellaswag.*'broken_it' cannot be loaded"):
         check_tasks(("helaswag", str(broken), str(task)))
 
-    broken.write_text("- a list")
+
+def test_a_file_that_defines_no_task_is_refused_before_the_merge(tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("- a list")
     with pytest.raises(InputError, match=r"broken\.yaml has no `task`"):
-        check_tasks((str(broken),))
+        check_tasks((str(tmp_path / "broken.yaml"),))
 
 
 def test_a_worker_that_refuses_an_input_ends_the_run_as_an_input_error() -> None:
