@@ -1,7 +1,7 @@
 """Right merges of a real model pass, with an adapter of strong and one of weak effect, in every dtype.
 
-Each judgement is `mode: verify` as a process. The weak adapter is the hard case: its greedy text is the base's, and
-bf16 keeps half a percent of it.
+Each judgement of a right one is `mode: verify` as a process. The weak adapter is the hard case: its greedy text is the
+base's, and bf16 keeps half a percent of it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from runner.combination import Combination
+from runner.combination import Combination, Several
 from runner.merge import merge
 from runner.prepare import prepare
+from runner.verify.case import open_case
+from runner.verify.judge import judge_merge
+from runner.verify.verdict import Layer, Status
 from tests.real.conftest import STRONG, WEAK, verify
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
@@ -35,16 +38,26 @@ def test_a_right_merge_passes(
     assert float(outputs["retention"]) == pytest.approx(1.0, abs=0.01) or adapter == WEAK
 
 
-@pytest.mark.parametrize("weight, code", [("-0.5", 0), ("-0.51", 8)])
-def test_a_right_merge_of_two_adapters_passes_and_another_weight_fails(
-    weight: str, code: int, base: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def combined(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the merge of the strong adapter, less half of the weak one."""
     combination = Combination(kind="cat", weights=(1.0, -0.5))
-    merged = merge(prepare(base, STRONG, WEAK, dtype="auto", combination=combination), into=tmp_path / "merged").root
+    prepared = prepare(base, STRONG, WEAK, dtype="auto", combination=combination)
+    return merge(prepared, into=tmp_path_factory.mktemp("combined") / "merged").root
 
-    found, report = verify(
-        base, f"{STRONG}\n{WEAK} {weight}", merged, tmp_path / "report", "auto", "--combination", "cat"
-    )
 
-    assert found == code
-    assert report["outputs"]["verified"] == str(code == 0).lower()
+def test_a_right_merge_of_two_adapters_passes(base: Path, combined: Path, tmp_path: Path) -> None:
+    code, report = verify(base, f"{STRONG}\n{WEAK} -0.5", combined, tmp_path, "auto", "--combination", "cat")
+
+    assert code == 0
+    assert report["outputs"]["verified"] == "true"
+
+
+def test_a_merge_of_two_adapters_with_another_weight_fails(base: Path, combined: Path) -> None:
+    told = Several(paths=(STRONG, WEAK), combination=Combination(kind="cat", weights=(1.0, -0.51)))
+
+    with open_case(base, told, dtype="auto") as case:
+        verdict = judge_merge(case, combined, end_to_end=False)  # the files alone fail it
+
+    assert verdict.status is Status.FAIL
+    assert {check.layer for check in verdict.failures} == {Layer.STORAGE}
