@@ -6,7 +6,8 @@
 
 Every mutant is a process of its own, forked from one pytest session that has imported everything and made its
 fixtures: in it one function gets other code, and the tests run until one fails. Comparisons, boolean and arithmetic
-operators, numbers and truth values are replaced; conditions are negated; statements are left out; texts stay.
+operators, numbers and truth values are replaced; conditions are negated; statements are left out; texts stay. Only
+tests that run the changed line are asked, the quickest first.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from typing import Any
 
 import pytest
 from _pytest.runner import runtestprotocol
+from coverage import Coverage
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBERS = ROOT / "docs" / "mutants.json"
-TIMEOUT_S = 120
+TIMEOUT_S = 240
+ALIVE = ("survived", "not run")  # no test fails; no test runs the line
 # The gates: what decides whether a folder passes.
 MODULES = ("judge", "storage", "elements", "comparison", "exact", "tensors", "modules", "structure", "outputs", "case")
 QUICK = ("test_elements.py", "test_verdict.py", "test_gates.py", "test_diagnosis.py")
@@ -54,6 +57,8 @@ class Mutant:
         module: of `runner.verify`.
         function: its qualified name.
         line: in the file.
+        first_line: of the statement, or of its head, that it belongs to.
+        last_line: of the same.
         change: what is done there.
         number: of the node in the function's tree, in the order of `_nodes`.
     """
@@ -61,6 +66,8 @@ class Mutant:
     module: str
     function: str
     line: int
+    first_line: int
+    last_line: int
     change: str
     number: int
 
@@ -74,18 +81,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return pytest's exit code."""
     parser = argparse.ArgumentParser(prog="python -m tools.mutants", description=__doc__.splitlines()[0])
     parser.add_argument("--modules", nargs="+", default=list(MODULES), choices=MODULES)
-    parser.add_argument("--again", action="store_true", help="run those that survived before once more")
+    parser.add_argument("--again", action="store_true", help="run those that no test killed once more")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no mutant after this time")
     parser.add_argument("--show", action="store_true", help="run nothing, list the survivors")
     options = parser.parse_args(arguments)
     results = json.loads(NUMBERS.read_bytes()) if NUMBERS.is_file() else {}
     if options.show:
         for name, result in sorted(results.items()):
-            if result["by"] == "survived":
-                print(f"{result['line']:>4} {name}")
+            if result["by"] in ALIVE:
+                print(f"{result['line']:>4} {name}: {result['by']}")
         return 0
     wanted = [one for module in options.modules for one in mutants(module)]
-    todo = [m for m in wanted if m.name not in results or (options.again and results[m.name]["by"] == "survived")]
+    todo = [m for m in wanted if m.name not in results or (options.again and results[m.name]["by"] in ALIVE)]
     plugin = Mutator(todo, results, until=time.monotonic() + 60 * options.minutes)
     files = [*QUICK, *(SLOW if NEED_MODELS & set(options.modules) else ())]
     tests = [str(ROOT / "tests" / "verify" / name) for name in files]
@@ -96,11 +103,15 @@ def mutants(module: str) -> Iterator[Mutant]:
     """Yield every mutant of a module of `runner.verify`."""
     tree = ast.parse(_path(module).read_text("utf-8"))
     for name, function in _functions(tree, ""):
+        heads = dict(_heads(function))
         for number, node in enumerate(_nodes(function)):
             for change in _changes(node):
+                line: int = getattr(node, "lineno", 0)
+                first, last = heads[node]
                 yield Mutant(
-                    module=module, function=name, line=getattr(node, "lineno", 0), change=change, number=number
-                )
+                    module=module, function=name, line=line, first_line=first, last_line=last, change=change,
+                    number=number,
+                )  # fmt: skip
 
 
 def _path(module: str) -> Path:
@@ -119,6 +130,22 @@ def _nodes(function: ast.FunctionDef) -> Iterator[ast.AST]:
     """Yield what is in a function's body; its defaults and annotations are not part of its code."""
     for statement in function.body:
         yield from ast.walk(statement)
+
+
+def _heads(statement: ast.stmt) -> Iterator[tuple[ast.AST, tuple[int, int]]]:
+    """Yield every node below a statement, itself included, with the lines of its innermost statement without bodies."""
+    inner = [node for node in ast.iter_child_nodes(statement) if isinstance(node, ast.stmt)]
+    last = min((node.lineno - 1 for node in inner), default=statement.end_lineno or statement.lineno)
+    lines = (statement.lineno, max(last, statement.lineno))
+    yield statement, lines
+    rest: list[ast.AST] = list(ast.iter_child_nodes(statement))
+    while rest:
+        node = rest.pop()
+        if isinstance(node, ast.stmt):
+            yield from _heads(node)
+        else:
+            yield node, lines
+            rest.extend(ast.iter_child_nodes(node))
 
 
 def _changes(node: ast.AST) -> Iterator[str]:
@@ -195,31 +222,52 @@ class Mutator:
         self._results = results
         self._until = until
         self._items: list[pytest.Item] = []
+        self._tests: dict[str, dict[int, list[str]]] = {}
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Run the tests, then the mutants."""
-        self._items = list(session.items)
-        for item, following in zip(self._items, [*self._items[1:], self._items[0]], strict=True):
-            if any(report.failed for report in runtestprotocol(item, nextitem=following, log=False)):
-                raise session.Failed(f"{item.nodeid} fails without any mutant")
+        self._run_all(session)
         for number, mutant in enumerate(self._todo):
             if time.monotonic() > self._until:
                 break
             by = self._try(mutant)
             self._results[mutant.name] = {"by": by, "line": mutant.line}
             print(f"{number + 1}/{len(self._todo)} {mutant.name} (line {mutant.line}): {by}", flush=True)
-            if by in {item.nodeid for item in self._items}:  # who killed one likely kills its neighbours
-                self._items.sort(key=lambda item: item.nodeid != by)
             NUMBERS.write_text(json.dumps(dict(sorted(self._results.items())), indent=1) + "\n", "utf-8")
         return True
 
+    def _run_all(self, session: pytest.Session) -> None:
+        """Run every test without a mutant, and note how long it takes and which lines of the judge it runs."""
+        items, took_s = list(session.items), {}
+        coverage = Coverage(data_file=None, include=[str(_path(module)) for module in MODULES])
+        coverage.start()
+        for item, following in zip(items, [*items[1:], items[0]], strict=True):
+            coverage.switch_context(item.nodeid)
+            started = time.monotonic()
+            if any(report.failed for report in runtestprotocol(item, nextitem=following, log=False)):
+                raise session.Failed(f"{item.nodeid} fails without any mutant")
+            took_s[item.nodeid] = time.monotonic() - started
+        coverage.stop()
+        self._items = sorted(items, key=lambda item: took_s[item.nodeid])
+        for module in MODULES:
+            self._tests[module] = coverage.get_data().contexts_by_lineno(str(_path(module)))
+
+    def _concerned(self, mutant: Mutant) -> list[pytest.Item]:
+        """Return the tests that run a line of the mutant's statement, the quickest first."""
+        lines = self._tests[mutant.module]
+        names = {name for line in range(mutant.first_line, mutant.last_line + 1) for name in lines.get(line, ())}
+        return [item for item in self._items if item.nodeid in names]
+
     def _try(self, mutant: Mutant) -> str:
-        """Return the test that fails with the mutant, "timeout", or "survived"."""
+        """Return the test that fails with the mutant, "timeout", "crash", or one of `ALIVE`."""
+        concerned = self._concerned(mutant)
+        if not concerned:
+            return ALIVE[1]
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
             os.close(reader)
-            os.write(writer, self._run(mutant).encode())
+            os.write(writer, self._run(mutant, concerned).encode())
             os._exit(0)
         os.close(writer)
         ready, _, _ = select.select([reader], [], [], TIMEOUT_S)
@@ -229,15 +277,15 @@ class Mutator:
         os.close(reader)
         return said or "crash"
 
-    def _run(self, mutant: Mutant) -> str:
+    def _run(self, mutant: Mutant, concerned: Sequence[pytest.Item]) -> str:
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
         install(mutant)
-        for item, following in zip(self._items, [*self._items[1:], self._items[0]], strict=True):
+        for item, following in zip(concerned, [*concerned[1:], concerned[0]], strict=True):
             if any(report.failed for report in runtestprotocol(item, nextitem=following, log=False)):
                 return item.nodeid
-        return "survived"
+        return ALIVE[0]
 
 
 if __name__ == "__main__":

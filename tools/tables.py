@@ -23,6 +23,7 @@ import yaml
 from bench.cold_start import rows
 from bench.faults.report import fault_rows, margin_rows, other_rows, right_rows
 from runner.errors import EXIT_CANCELLED, EXIT_INTERNAL, EXIT_VERDICT_FAILED, RunnerError
+from tools.mutants import ALIVE
 from tools.schema import render_schema
 from tools.troubleshooting import render_messages
 from tools.typings import render_types
@@ -145,17 +146,23 @@ def mutant_table() -> str:
     counts = [
         (module, [one["by"] for name, one in results.items() if name.startswith(f"{module}.")]) for module in modules
     ]
-    rows = [
-        (f"`{name}`", str(len(by)), str(len(by) - by.count("survived")), str(by.count("survived")))
-        for name, by in counts
-    ]
-    total = [one["by"] for one in results.values()]
-    killed = len(total) - total.count("survived")
-    score = f"{killed} ({killed / len(total):.0%})" if total else "0"
+    counts.append(("all", [one["by"] for one in results.values()]))
     return table(
-        ("Module", "Mutants", "Killed", "Survived"),
-        [*rows, ("all", str(len(total)), score, str(total.count("survived")))],
+        ("Module", "Mutants", "Killed", "Survived", "Run by no test"),
+        [
+            (
+                f"`{name}`" if name in modules else name,
+                str(len(by)),
+                _share(len(by) - sum(map(by.count, ALIVE)), len(by)),
+                *(str(by.count(kind)) for kind in ALIVE),
+            )
+            for name, by in counts
+        ],
     )
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} ({part / whole:.0%})" if whole else "0"
 
 
 def other_table() -> str:
