@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -82,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.mutants", description=__doc__.splitlines()[0])
     parser.add_argument("--modules", nargs="+", default=list(MODULES), choices=MODULES)
     parser.add_argument("--again", action="store_true", help="run those that no test killed once more")
+    parser.add_argument("--seconds", type=float, default=1e9, help="for each mutant no more tests than take this long")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no mutant after this time")
     parser.add_argument("--show", action="store_true", help="run nothing, list the survivors")
     options = parser.parse_args(arguments)
@@ -93,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     wanted = [one for module in options.modules for one in mutants(module)]
     todo = [m for m in wanted if m.name not in results or (options.again and results[m.name]["by"] in ALIVE)]
-    plugin = Mutator(todo, results, until=time.monotonic() + 60 * options.minutes)
+    plugin = Mutator(todo, results, until=time.monotonic() + 60 * options.minutes, limit_s=options.seconds)
     files = [*QUICK, *(SLOW if NEED_MODELS & set(options.modules) else ())]
     tests = [str(ROOT / "tests" / "verify" / name) for name in files]
     return int(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:warnings", *tests], plugins=[plugin]))
@@ -216,11 +218,13 @@ def install(mutant: Mutant) -> None:
 class Mutator:
     """A pytest plugin: instead of the tests once, all of them once and then as many as it takes for each mutant."""
 
-    def __init__(self, todo: Sequence[Mutant], results: dict[str, Any], *, until: float) -> None:
-        """Take the mutants, the results so far, and the time after which no mutant is begun."""
+    def __init__(self, todo: Sequence[Mutant], results: dict[str, Any], *, until: float, limit_s: float) -> None:
+        """Take the mutants, the results so far, the time after which no mutant is begun, and what each may take."""
         self._todo = todo
         self._results = results
         self._until = until
+        self._limit_s = limit_s
+        self._took_s: dict[str, float] = {}
         self._items: list[pytest.Item] = []
         self._tests: dict[str, dict[int, list[str]]] = {}
 
@@ -238,7 +242,7 @@ class Mutator:
 
     def _run_all(self, session: pytest.Session) -> None:
         """Run every test without a mutant, and note how long it takes and which lines of the judge it runs."""
-        items, took_s = list(session.items), {}
+        items = list(session.items)
         coverage = Coverage(data_file=None, include=[str(_path(module)) for module in MODULES])
         coverage.start()
         for item, following in zip(items, [*items[1:], items[0]], strict=True):
@@ -246,17 +250,19 @@ class Mutator:
             started = time.monotonic()
             if any(report.failed for report in runtestprotocol(item, nextitem=following, log=False)):
                 raise session.Failed(f"{item.nodeid} fails without any mutant")
-            took_s[item.nodeid] = time.monotonic() - started
+            self._took_s[item.nodeid] = time.monotonic() - started
         coverage.stop()
-        self._items = sorted(items, key=lambda item: took_s[item.nodeid])
+        self._items = sorted(items, key=lambda item: self._took_s[item.nodeid])
         for module in MODULES:
             self._tests[module] = coverage.get_data().contexts_by_lineno(str(_path(module)))
 
     def _concerned(self, mutant: Mutant) -> list[pytest.Item]:
-        """Return the tests that run a line of the mutant's statement, the quickest first."""
+        """Return the tests that run a line of the mutant's statement, the quickest first, within the limit."""
         lines = self._tests[mutant.module]
         names = {name for line in range(mutant.first_line, mutant.last_line + 1) for name in lines.get(line, ())}
-        return [item for item in self._items if item.nodeid in names]
+        concerned = [item for item in self._items if item.nodeid in names]
+        sums_s = accumulate(self._took_s[item.nodeid] for item in concerned)
+        return [item for item, sum_s in zip(concerned, sums_s, strict=True) if sum_s <= self._limit_s]
 
     def _try(self, mutant: Mutant) -> str:
         """Return the test that fails with the mutant, "timeout", "crash", or one of `ALIVE`."""
