@@ -102,7 +102,7 @@ def _compare_rows(
 def compare_untouched(found: Stored, base: Stored) -> Comparison:
     """Return how a tensor that the adapter leaves alone compares with the base's.
 
-    Same dtype: the bytes must be equal. Other dtype: the base's values, rounded once.
+    Same dtype: the bytes must be equal. Other dtype: the base's values, rounded once; only of and to BF16, F16 and F32.
 
     Raises:
         BrokenCheckpoint: a file ends early.
@@ -193,15 +193,16 @@ def _compare_block(  # noqa: PLR0917 (what there is to know of one block)
 
 def _compare_cast(result: Comparison, found: Stored, base: Stored, start: int, stop: int) -> None:
     source, stored = base.rows(start, stop), found.rows(start, stop)
-    if base.info.dtype not in FLOATS or found.info.dtype not in FLOATS:
-        is_same = found.info.dtype == base.info.dtype
-        bad = (_raw(source) != _raw(stored)).any(dim=-1) if is_same else source.double() != stored.double()
-        distance = (source.double() - stored.double()).abs()
+    if base.info.dtype not in FLOATS:  # nothing is cast but floats, so both have the same dtype
+        bad, distance = (_raw(source) != _raw(stored)).any(dim=-1), (source.double() - stored.double()).abs()
         _record(result, found.info, start, _Block(bad=bad, expected=source, found=stored, ulps=distance))
         return
-    rounded = round_to(source.double(), found.info.dtype)
-    both_nan = torch.isnan(rounded) & torch.isnan(stored) & (found.info.dtype != base.info.dtype)
-    bad = ~(same_bits(rounded, stored, found.info.dtype) | both_nan)
+    if found.info.dtype == base.info.dtype:
+        rounded = source  # by way of float64, a NaN may come back with other bits
+        bad = ~same_bits(source, stored, found.info.dtype)
+    else:
+        rounded = round_to(source.double(), found.info.dtype)
+        bad = ~(same_bits(rounded, stored, found.info.dtype) | (torch.isnan(rounded) & torch.isnan(stored)))
     result.new_non_finite += int((~torch.isfinite(stored) & torch.isfinite(source)).sum())
     distance = (stored.double() - source.double()).abs() / ulp(source.double(), found.info.dtype)
     _record(result, found.info, start, _Block(bad=bad, expected=rounded, found=stored, ulps=distance))

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from runner.checkpoint.layout import SINGLE_FILE, read_checkpoint
+from runner.verify.comparison import MAX_BAD_ROWS
 from runner.verify.elements import Stored, compare_touched, compare_untouched, same_exact
 from runner.verify.exact import ExactLowRank, ExactStored
 from runner.verify.tensors import BLOCK_ELEMENTS, read_rows, round_to, row_blocks, ulp
+from runner.verify.verdict import ERROR_BINS
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -146,7 +148,8 @@ def test_integers_are_compared_as_they_are(tmp_path: Path) -> None:
     wrong = torch.arange(6)
     wrong[4] = 7
     assert compare_untouched(base, base).violations == 0
-    assert compare_untouched(_stored(tmp_path / "found", w=wrong)["w"], base).violations == 1
+    found = compare_untouched(_stored(tmp_path / "found", w=wrong)["w"], base)
+    assert (found.violations, str(found.worst)) == (1, "w[4] is 7, expected 4 (3 ulp off)")
 
 
 def test_reads_rows_of_scalars_vectors_and_blocks(tmp_path: Path) -> None:
@@ -169,3 +172,72 @@ def test_exact_weights_are_equal_only_in_every_element(tmp_path: Path) -> None:
     assert same_exact(exact["a"], exact["b"])
     assert not same_exact(exact["a"], exact["c"])
     assert not same_exact(exact["a"], exact["d"])
+
+
+def _plain(stored: Stored) -> ExactStored:
+    return ExactStored(stored.root, stored.info)
+
+
+@pytest.mark.parametrize("base_dtype, dtype", [("BF16", "BF16"), ("F32", "F32"), ("BF16", "F16"), ("F32", "BF16")])
+def test_a_number_is_no_nan_and_nan_is_no_number(tmp_path: Path, base_dtype: str, dtype: str) -> None:
+    values = torch.tensor([1.0, math.nan, 2.0, math.nan])
+    plain = values.to(DTYPES[base_dtype])
+    wrong = plain.to(DTYPES[dtype], copy=True)
+    wrong[1], wrong[2] = 0.0, math.nan
+    base, right = _stored(tmp_path / "base", w=plain)["w"], _stored(tmp_path / "right", w=plain.to(DTYPES[dtype]))["w"]
+    found = _stored(tmp_path / "found", w=wrong)["w"]
+
+    for result in (compare_untouched(right, base), compare_touched(right, _plain(base), base)):
+        assert (result.violations, result.new_non_finite) == (0, 0)
+    for result in (compare_untouched(found, base), compare_touched(found, _plain(base), base)):
+        assert (result.violations, result.new_non_finite, result.bad_rows) == (2, 1, [1, 2])
+
+
+@pytest.mark.parametrize("base_dtype, dtype", [("BF16", "F16"), ("F32", "BF16"), ("BF16", "F32"), ("BF16", "BF16")])
+def test_a_distance_is_told_in_units_of_the_stored_dtype(tmp_path: Path, base_dtype: str, dtype: str) -> None:
+    values = torch.full((3,), 1.5).to(DTYPES[base_dtype])
+    wrong = values.to(DTYPES[dtype], copy=True)
+    wrong.view(torch.int32 if dtype == "F32" else torch.int16)[1] += 5
+    base, found = _stored(tmp_path / "base", w=values)["w"], _stored(tmp_path / "found", w=wrong)["w"]
+
+    for result in (compare_untouched(found, base), compare_touched(found, _plain(base), base)):
+        worst = result.worst
+        assert worst is not None
+        assert (worst.index, worst.expected, worst.found, worst.ulps) == ((1,), 1.5, float(wrong[1]), 5.0)
+
+
+def test_the_place_of_a_wrong_element_counts_all_blocks_before_it(tmp_path: Path) -> None:
+    width = BLOCK_ELEMENTS // 50
+    values = torch.zeros(2 * 50, width).bfloat16()
+    wrong = values.clone()
+    wrong[5:45, 1], wrong[52:92, 1], wrong[70, 3] = 1.0, 1.0, -2.0
+    base, found = _stored(tmp_path / "base", w=values)["w"], _stored(tmp_path / "found", w=wrong)["w"]
+
+    for result in (compare_untouched(found, base), compare_touched(found, _plain(base), base)):
+        assert result.violations == 81
+        assert result.worst is not None
+        assert result.worst.index == (70, 3)
+        assert (result.bad_row_count, len(result.bad_rows)) == (80, MAX_BAD_ROWS)
+        assert result.bad_rows == [*range(5, 45), *range(52, 76)]
+
+
+def test_an_error_beyond_all_bins_is_in_the_last(tmp_path: Path) -> None:
+    base = _stored(tmp_path / "base", w=torch.ones(4).bfloat16())["w"]
+    found = _stored(tmp_path / "found", w=torch.tensor([1.0, 1.0, 9.0, math.inf]).bfloat16())["w"]
+
+    assert compare_touched(found, _plain(base), base).errors == [2, *[0] * (ERROR_BINS - 2), 1]
+
+
+def test_what_changes_nothing_keeps_everything(tmp_path: Path) -> None:
+    stored = _stored(tmp_path, zeros=torch.zeros(4).bfloat16(), ones=torch.ones(4).bfloat16())
+    zeros, ones = stored["zeros"], stored["ones"]
+
+    same = compare_touched(ones, _plain(ones), ones)
+    assert (same.retention, same.delta_ratio, same.changed, same.moved_squared) == (1.0, 0.0, 0, 0.0)
+    from_zero = compare_touched(ones, _plain(ones), zeros)
+    assert (from_zero.retention, from_zero.delta_ratio, from_zero.changed, from_zero.moved_squared) == (
+        1.0,
+        0.0,
+        4,
+        4.0,
+    )
