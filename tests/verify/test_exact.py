@@ -1,0 +1,74 @@
+"""E and the bound on a right computation of it, against the formulas written once more."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from runner.verify.exact import ExactFromPeft, ExactLowRank, ExactShift
+
+U = 2.0**-24
+
+
+def _close(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return torch.allclose(left, right, rtol=2e-3, atol=0.0)  # the room in the unit for second-order terms
+
+
+@pytest.mark.parametrize("rank, grows", [(1, 3), (16, 18), (64, 66), (100, 82)])  # min(r, 8·√r) + 2
+@pytest.mark.parametrize("is_float32", [False, True])
+def test_the_bound_of_low_rank(rank: int, grows: int, is_float32: bool) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    a = torch.randn(rank, 5, generator=generator)
+    b = torch.randn(7, rank, generator=generator)
+    base = torch.randn(7, 5, generator=generator).bfloat16()
+    exact = ExactLowRank(base=lambda start, stop: base[start:stop], shape=(7, 5), a=a, b=b, scaling=-0.75)
+    rows = base.double() - 0.75 * (b.double() @ a.double())
+    bound = grows * 0.75 * (b.double().abs() @ a.double().abs())
+    wanted = U * (bound if is_float32 else bound + rows.abs())
+
+    for start, stop in ((0, 7), (2, 6)):
+        before = exact.noise(start, stop, output_is_float32=is_float32)  # also of a block that was not asked for
+        assert torch.allclose(exact.rows(start, stop), rows[start:stop])
+        for bound in (before, exact.noise(start, stop, output_is_float32=is_float32)):
+            assert bound.shape == (stop - start, 5)
+            assert _close(bound, wanted[start:stop])
+        exact.rows(0, 1)  # another block than the one that `noise` is asked for next
+
+
+def test_factors_that_were_rounded_first() -> None:
+    a, b = torch.full((2, 3), 1.0 + 2.0**-10), torch.full((4, 2), 3.0)
+    exact = ExactLowRank(base=lambda start, stop: torch.zeros(stop - start, 3), shape=(4, 3), a=a, b=b, scaling=0.5)
+
+    assert exact.delta_of_rounded_factors(1, 3, torch.bfloat16).tolist() == [[3.0] * 3] * 2
+    assert exact.delta_of_rounded_factors(0, 1, torch.float32).tolist() == [[3.0 * (1.0 + 2.0**-10)] * 3]
+
+
+@pytest.mark.parametrize("is_float32", [False, True])
+def test_the_bound_of_a_bias(is_float32: bool) -> None:
+    base, vector = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.25, -4.0])
+    exact = ExactShift(base=lambda start, stop: base[start:stop], shape=(3,), vector=vector, scaling=3.0)
+
+    assert exact.rows(1, 3).tolist() == [-1.25, -9.0]
+    sizes = torch.tensor([0.0, 0.0] if is_float32 else [1.25, 9.0], dtype=torch.float64)
+    wanted = 2 * 3 * vector[1:].double().abs() + sizes
+    assert _close(exact.noise(1, 3, output_is_float32=is_float32), U * wanted)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (6,), ()])
+@pytest.mark.parametrize("floor, is_float32", [(2.0**-21, False), (2.0**-22, True)])
+def test_the_bound_of_what_peft_merges_is_measured(shape: tuple[int, ...], floor: float, is_float32: bool) -> None:
+    count = math.prod(shape)
+    base = torch.arange(1.0, count + 1).view(shape)
+    exact = (base.double() + 0.1).view(shape)
+    single = (exact + 1e-3).float()
+    made = ExactFromPeft(exact=exact, single=single, base=base)
+    rows, stop = exact.view(shape or (1,)), shape[0] if shape else 1
+    wanted = 4 * (single.double() - exact).abs().view(rows.shape) + floor * (base.double().abs() + exact).view(
+        rows.shape
+    )
+
+    for start in range(stop):
+        assert torch.equal(made.rows(start, stop), rows[start:])
+        assert torch.equal(made.noise(start, stop, output_is_float32=is_float32), wanted[start:])
