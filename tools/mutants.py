@@ -41,7 +41,7 @@ ALIVE = ("survived", "not run")  # no test fails; no test runs the line
 MODULES = ("judge", "storage", "elements", "comparison", "exact", "tensors", "modules", "structure", "outputs", "case")
 TESTS = (
     "alternatives", "comparison", "diagnosis", "elements", "exact", "gates", "rounding", "semantics", "stream_judge",
-    "verdict", "wrong_merges",
+    "structure", "verdict", "wrong_merges",
 )  # fmt: skip
 _SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
