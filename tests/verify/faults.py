@@ -167,14 +167,14 @@ def damage_truncated_shard(folder: Path, base: Path, adapter: Path) -> Diagnosis
 def damage_tensor_missing(folder: Path, base: Path, adapter: Path) -> Diagnosis:
     """One tensor is in no shard, and the index does not know it either."""
     name = _middle(folder, base)
-    _rewrite(folder, read_checkpoint(folder).tensors[name].file, lambda tensors: tensors.pop(name))
+    rewrite(folder, read_checkpoint(folder).tensors[name].file, lambda tensors: tensors.pop(name))
     return Diagnosis(layer=Layer.STRUCTURE, names=f"{name} is missing")
 
 
 def damage_extra_tensor(folder: Path, base: Path, adapter: Path) -> Diagnosis:
     """A tensor is stored that the base does not have."""
     file = read_checkpoint(folder).files[0].name
-    _rewrite(folder, file, lambda tensors: tensors.update({"model.surplus.weight": torch.zeros(3)}))
+    rewrite(folder, file, lambda tensors: tensors.update({"model.surplus.weight": torch.zeros(3)}))
     return Diagnosis(layer=Layer.STRUCTURE, names="model.surplus.weight is not expected")
 
 
@@ -267,7 +267,7 @@ def _edit(folder: Path, base: Path, edits: Mapping[str, Edit]) -> None:
                 merged = tensors[name]
                 tensors[name] = edits[name](_load(before, name).float(), merged.float()).to(merged.dtype)
 
-        _rewrite(folder, file, apply)
+        rewrite(folder, file, apply)
 
 
 def _flip(folder: Path, name: str, *, bit: int) -> None:
@@ -277,10 +277,11 @@ def _flip(folder: Path, name: str, *, bit: int) -> None:
         bits[bits.numel() // 2] ^= 1 << bit
         tensors[name] = tensor
 
-    _rewrite(folder, read_checkpoint(folder).tensors[name].file, flip)
+    rewrite(folder, read_checkpoint(folder).tensors[name].file, flip)
 
 
-def _rewrite(folder: Path, file: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+def rewrite(folder: Path, file: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of one file of a checkpoint; an index is made anew."""
     with safe_open(folder / file, framework="pt") as handle:
         tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118  (not a dict)
         metadata = handle.metadata()
