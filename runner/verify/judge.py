@@ -89,14 +89,13 @@ def judge(  # noqa: PLR0913 (all by name; each is a fact that only the caller ha
         AdapterError: the adapter cannot be used, or is not for this base.
     """
     start = time.monotonic()
-    say: Progress = on_progress or (lambda _what, _share: None)
     read_checkpoint(base)  # a base that cannot be read is the input's error, whatever the merged folder is
     found = _read(merged)
     if isinstance(found, Check):
         return _verdict(_unreadable(merged, found), seed, start)
-    with open_case(base, adapter, dtype=dtype, rounding=rounding, seed=seed, on_progress=say) as case:
+    with open_case(base, adapter, dtype=dtype, rounding=rounding, seed=seed, on_progress=on_progress) as case:
         verdict = judge_merge(
-            case, merged, prompts=prompts, evaluation=evaluation, limits=limits, device=device, on_progress=say
+            case, merged, prompts=prompts, evaluation=evaluation, limits=limits, device=device, on_progress=on_progress
         )
     return replace(verdict, wall_s=time.monotonic() - start)
 
