@@ -40,8 +40,8 @@ ALIVE = ("survived", "not run")  # no test fails; no test runs the line
 # The gates: what decides whether a folder passes.
 MODULES = ("judge", "storage", "elements", "comparison", "exact", "tensors", "modules", "structure", "outputs", "case")
 TESTS = (
-    "alternatives", "comparison", "diagnosis", "elements", "exact", "gates", "rounding", "semantics", "storage",
-    "stream_judge", "structure", "verdict", "wrong_merges",
+    "alternatives", "comparison", "config_rules", "diagnosis", "elements", "exact", "gates", "rounding", "semantics",
+    "storage", "stream_judge", "structure", "verdict", "wrong_merges",
 )  # fmt: skip
 _SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
