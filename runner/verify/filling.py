@@ -39,7 +39,7 @@ class Filling:
             self._place(target)
 
     def exact(self, values: Values) -> None:
-        """Put the un-rounded E into a stage's values, in float32; note where they were not round(E).
+        """Put the un-rounded E into a stage's values, in their dtype; note where they were not round(E).
 
         Where a tensor was only cast, the base's values come back. A value is round(E), too, where it is right by the
         bound of the storage layer: next to a tie, a right float32 computation may round the other way than E.
@@ -84,7 +84,7 @@ class Filling:
 
     def _fill_group(self, values: Values, group: Group, *, rounded: bool) -> None:
         fused = self._sources.fused
-        device = values[group.targets[0]].device
+        device, dtype = values[group.targets[0]].device, values[group.targets[0]].dtype
         is_touched = any(self._targets.required[name].is_touched for name in group.sources)
         if rounded and not is_touched:
             return
@@ -97,7 +97,7 @@ class Filling:
             if is_touched:
                 stored[name] = self._made(exact, target, loaded.pop(name), rounded=rounded)
             else:
-                stored[name] = exact.rows(0, row_count(exact.shape)).view(exact.shape).float()
+                stored[name] = exact.rows(0, row_count(exact.shape)).view(exact.shape).to(dtype)
         values.update({key: value.to(device) for key, value in fused.join(group, stored).items()})
 
     def _exact_of(self, target: Target) -> Exact:
@@ -106,10 +106,10 @@ class Filling:
         return ExactStored(target.base.root, target.base.info)
 
     def _made(self, exact: Exact, target: Target, loaded: torch.Tensor, *, rounded: bool) -> torch.Tensor:
-        """Return E (or `loaded`, with round(E) wherever it is wrong) as float32, in E's shape, on the loaded device."""
+        """Return E, or `loaded` with round(E) wherever it is wrong: in E's shape, in the loaded dtype and device."""
         chance = self._targets.chance(target)
         held = loaded.to("cpu", torch.float32).view(exact.shape or (1,))
-        values = torch.empty(exact.shape or (1,), dtype=torch.float32)
+        values = torch.empty(exact.shape or (1,), dtype=loaded.dtype)
         for start, stop in row_blocks(exact.shape):
             wanted = exact.rows(start, stop)
             found = held[start:stop].view(wanted.shape)
@@ -119,7 +119,7 @@ class Filling:
                 kept = is_right(found, exact, start, wanted, target.dtype, chance)
                 self.differs = self.differs or not bool(kept.all())
                 right = torch.where(kept, found, right)
-            made = right if rounded else wanted.to(torch.float32)
+            made = right if rounded else wanted
             values[start:stop] = made.view(values[start:stop].shape)
         return values.view(exact.shape).to(loaded.device)
 

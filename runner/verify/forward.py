@@ -85,14 +85,18 @@ class Errors:
 
     def add(self, wanted: torch.Tensor, found: torch.Tensor, label: str) -> None:
         """Count one sequence: outputs of the reference and of the other model."""
-        if found.shape != wanted.shape:
-            self._off.append((math.inf, label))
-        elif self.is_language:
-            self._off.append((relative(wanted, found), label))
-        else:
-            self._off.append((float((found.double() - wanted.double()).square().mean().sqrt()), label))
+        self._off.append((self._distance(wanted, found), label))
+        if not self.is_language:
             self._squares += float(wanted.double().square().sum())
             self._count += wanted.numel()
+
+    def between(self, low: float, high: float) -> list[int]:
+        """Return the places, in the order of adding, of the sequences whose relative error is in (low, high]."""
+        return [place for place, (off, _) in enumerate(self._off) if low < self._relative(off) <= high]
+
+    def replace(self, place: int, wanted: torch.Tensor, found: torch.Tensor) -> None:
+        """Take other outputs for the sequence that was added at that place."""
+        self._off[place] = (self._distance(wanted, found), self._off[place][1])
 
     def worst(self) -> tuple[float, str]:
         """Return the largest relative error, and its sequence's label; a NaN is the worst there is."""
@@ -102,6 +106,13 @@ class Errors:
             if not math.isnan(worst) and not error <= worst:
                 worst, where = error, label
         return worst, where
+
+    def _distance(self, wanted: torch.Tensor, found: torch.Tensor) -> float:
+        if found.shape != wanted.shape:
+            return math.inf
+        if self.is_language:
+            return relative(wanted, found)
+        return float((found.double() - wanted.double()).square().mean().sqrt())
 
     def _relative(self, off: float) -> float:
         if self.is_language or off == 0.0 or not math.isfinite(off):

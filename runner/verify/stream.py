@@ -81,12 +81,14 @@ class Stream:
         device: "cpu" or "cuda": where stages compute.
         on_stage: told the share of the stages that all runs have passed, 0 to 1.
         whole: take the model as one stage.
+        dtype: that floats compute in: torch.float32, or torch.float64 where rounding is to be told from a fault.
     """
 
     origins: tuple[Origin, ...]
     device: str
     on_stage: Callable[[float], None] | None = None
     whole: bool = False
+    dtype: torch.dtype = torch.float32
     _stages: tuple[str, ...] = field(default=WHOLE, init=False)
     _span: tuple[float, float] = field(default=(0.0, 1.0), init=False)
 
@@ -180,18 +182,25 @@ class Stream:
             if not keys:
                 continue
             values = origin.read([key for key in origin.variants[0].places if is_below(key, path)], self.device)
+            self._widen(values)
             for variant in origin.variants:
                 if variant.change is not None:
                     variant.change(values)
+                    self._widen(values)
                 forward = forwards[id(variant.model)][path]
                 stage = variant.model.get_submodule(path)
-                with put(variant.places, values), on_device(stage.modules(), self.device):
+                with put(variant.places, values), on_device(stage.modules(), self.device, self.dtype):
                     for key in (key for key in keys if key[1] == variant.name):
                         call = waiting[key]
                         while call is not None and call.path == path:
                             call = runs[key].advance(forward(*call.args, **call.kwargs))
                         waiting[key] = call
             values.clear()  # before the next origin is read
+
+    def _widen(self, values: Values) -> None:
+        for key, value in values.items():
+            if value.is_floating_point():
+                values[key] = value.to(self.dtype)
 
     def _chosen(self, path: str, numbers: Sequence[int], tasks: Sequence[Task]) -> Sequence[int]:
         """Return which of the waiting tasks go on: all, or at the head as many as make `GROUP_BYTES` of logits."""
@@ -251,14 +260,20 @@ def _is_at(call: Call | None, path: str) -> bool:
 
 
 @contextmanager
-def on_device(modules: Iterable[nn.Module], device: str) -> Iterator[None]:
-    """Have the modules' own parameters and buffers that have values on `device` for as long as this lasts."""
+def on_device(modules: Iterable[nn.Module], device: str, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Have the modules' own parameters and buffers that have values on `device` for as long as this lasts.
+
+    Parameters in float32 are in `dtype`, too: the adapter's own.
+    """
     parameters, buffers = [], []
     for module in modules:
         for parameter in module._parameters.values():
-            if parameter is not None and parameter.device.type not in ("meta", device):
+            if parameter is None or parameter.device.type == "meta":
+                continue
+            wanted = dtype if parameter.dtype == torch.float32 else parameter.dtype
+            if (parameter.device.type, parameter.dtype) != (device, wanted):
                 parameters.append((parameter, parameter.data))
-                parameter.data = parameter.data.to(device)
+                parameter.data = parameter.data.to(device, wanted)
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type not in ("meta", device):
                 buffers.append((module, name, buffer))
