@@ -239,7 +239,7 @@ class Runner:
                 process.kill()
                 process.wait()
         log.read(output.read_text(errors="replace"))
-        log.finish()
+        log.finish(is_killed=process.returncode in (137, -9))
         output.unlink()
         return process.returncode, cancelled_s
 

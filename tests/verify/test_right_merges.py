@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from runner.verify import continuations
 from runner.verify.judge import judge
 from runner.verify.verdict import Outcome, Status
 from tests.verify.conftest import Maker
@@ -77,7 +78,10 @@ def test_passes_without_a_tokenizer(tmp_path: Path) -> None:
     assert verdict.quality.tokens > 0
 
 
-def test_reports_what_the_adapter_does_and_what_rounding_costs(right_merge: Maker) -> None:
+def test_reports_what_the_adapter_does_and_what_rounding_costs(
+    right_merge: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(continuations, "NEW_TOKENS", 24)  # four random ones may have no text
     base, adapter, merged = right_merge("lora")
     said: list[tuple[str, float]] = []
     verdict = judge(
