@@ -105,7 +105,7 @@ class _Mark(SpinnerColumn):
 
 
 class _Share(ProgressColumn):
-    """How much is done, and for bytes how fast."""
+    """How much is done."""
 
     def render(self, task: Task) -> Text:
         if task.total is None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from runner import errors
 from runner.errors import EXIT_CANCELLED, EXIT_INTERNAL, EXIT_VERDICT_FAILED, RunnerError
+from runner.markdown import table
 
 ROOT = Path(__file__).resolve().parent.parent
 GAP = "…"
@@ -130,8 +131,7 @@ def _section(classes: Sequence[type[RunnerError]], messages: Sequence[Message]) 
 
 
 def _rows(rows: Sequence[tuple[str, str, str]]) -> str:
-    lines = [("What happened", "Why", "What to do"), ("---",) * 3, *rows]
-    return "".join("| " + " | ".join(_cell(cell) for cell in line) + " |\n" for line in lines)
+    return table(("What happened", "Why", "What to do"), [[_cell(cell) for cell in row] for row in rows]) + "\n"
 
 
 def _cell(text: str) -> str:
