@@ -28,7 +28,7 @@ SEEDS = 50
 THREADS = (1, 2, 4)
 ATTENTION = ("sdpa", "eager")
 # (seed, threads, attention of the reference, how many words the user's prompts have)
-RUNS = tuple((seed, THREADS[seed % 3], ATTENTION[seed % 2], 1 + 17 * (seed % 4)) for seed in range(1, 5))
+RUNS = tuple((seed, THREADS[seed % 3], ATTENTION[seed % 2], 1 + 17 * (seed % 4)) for seed in range(1, 13))
 Add = Callable[[dict[str, Any]], None]
 Has = Callable[..., bool]
 

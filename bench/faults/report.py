@@ -21,22 +21,44 @@ LIMITS = {name: "0" if name.startswith("storage") else "1e-4" for name in CRITER
 
 
 def write_report(entries: Sequence[Mapping[str, Any]]) -> int:
-    """Write `docs/faults.json`; return 1 where a wrong merge was not caught or not named, or a right one failed."""
+    """Bring `docs/faults.json` up to date; return 1 where a wrong merge was not caught or not named, or a right one failed.
+
+    What these results have nothing about stays: the other cells of the table, others' merges, right merges. A margin is
+    the least that was seen.
+    """
     others = [entry for entry in entries if "maker" in entry]
     bad = [entry for entry in entries if "diagnoses" in entry and "maker" not in entry]
     good = [entry for entry in entries if "diagnoses" not in entry]
-    kinds: dict[str, dict[str, str]] = {}
+    content = dict(read_numbers())
     for entry in bad:
         said = ", ".join(entry["diagnoses"])
-        kinds.setdefault(entry["kind"], {})[_place(entry)] = f"{entry['verdict']}: {said}" if said else entry["verdict"]
-    alarms = [f"{_place(one)} {one['kind']}: {one['verdict']}" for one in good if one["verdict"].startswith("alarm")]
-    kept = ("maker", "status", "diagnoses", "evidence")
-    told = [{name: entry[name] for name in kept} for entry in others]
-    content = {"others": told, "right": _right(good), "alarms": alarms, "margins": _margins(good, bad), "wrong": kinds}
+        told = f"{entry['verdict']}: {said}" if said else entry["verdict"]
+        content["wrong"].setdefault(entry["kind"], {})[_place(entry)] = told
+    if good:
+        content["right"], content["alarms"] = _right(good), _alarms(good)
+    if others:
+        kept = ("maker", "status", "diagnoses", "evidence")
+        content["others"] = [{name: entry[name] for name in kept} for entry in others]
+    content["margins"] = {
+        name: _least(content["margins"].get(name), row) for name, row in _margins(good, bad).items()
+    }
     NUMBERS.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
     counts = Counter(entry["verdict"] for entry in bad)
-    print(f"{len(bad)} wrong merges: {dict(counts)}; {len(good)} right ones, {len(alarms)} alarms")
-    return int(bool(alarms) or any(counts[name] for name in ("MISSED", "caught")))
+    print(f"{len(bad)} wrong merges: {dict(counts)}; {len(good)} right ones, {len(_alarms(good))} alarms")
+    return int(bool(_alarms(good)) or any(counts[name] for name in ("MISSED", "caught")))
+
+
+def _alarms(good: Iterable[Mapping[str, Any]]) -> list[str]:
+    return [f"{_place(one)} {one['kind']}: {one['verdict']}" for one in good if one["verdict"].startswith("alarm")]
+
+
+def _least(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the worse right merge and the less wrong one of two measurements of a criterion."""
+    if before is None:
+        return now
+    right = [tuple(row["right"]) for row in (before, now) if row["right"]]
+    wrong = [tuple(row["wrong"]) for row in (before, now) if row["wrong"]]
+    return {"right": max(right, default=None), "wrong": min(wrong, default=None), "limit": now["limit"]}
 
 
 def _place(entry: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,10 @@ def hub(tmp_path: Path) -> Iterator[LocalHub]:
         hub.add_org("acme", members={"alice": "write", "mallory": "read"})
         yield hub
         huggingface_hub.close_session()  # the server waits for open connections
+    for thread in threading.enumerate():
+        if thread.name == "early-upload":  # it would use, and close, the client of the next test
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 @pytest.fixture

@@ -137,12 +137,15 @@ def test_a_shard_that_could_not_be_sent_is_sent_after_the_verdict(world: World, 
 
 
 def test_a_hub_that_hangs_does_not_hold_up_the_merge_or_the_end(world: World, tmp_path: Path) -> None:
-    world.hub.fail("preupload", Kind.SILENT, times=FOREVER)
-    destination = destination_of(replace(world, timeout_s=20.0))
+    world.hub.fail("preupload", Kind.SILENT)
+    destination = destination_of(replace(world, timeout_s=4.0))
     begun = time.monotonic()
-    with merging(world, destination, [], tmp_path):
+    with merging(world, destination, [], tmp_path) as early:
         pass
     assert time.monotonic() - begun < 2
+    assert early._thread.is_alive()
+    early._thread.join(30)  # it uses the client that the next test uses, too
+    assert not early._thread.is_alive()
 
 
 def test_bytes_that_changed_after_they_were_sent_are_not_published(world: World, tmp_path: Path) -> None:
