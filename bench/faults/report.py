@@ -21,7 +21,7 @@ LIMITS = {name: "0" if name.startswith("storage") else "1e-4" for name in CRITER
 
 
 def write_report(entries: Sequence[Mapping[str, Any]]) -> int:
-    """Bring `docs/faults.json` up to date; return 1 where a wrong merge was not caught or not named, or a right one failed.
+    """Bring `docs/faults.json` up to date; return 1 where a wrong merge was missed or misnamed, or a right one failed.
 
     What these results have nothing about stays: the other cells of the table, others' merges, right merges. A margin is
     the least that was seen.
@@ -39,9 +39,7 @@ def write_report(entries: Sequence[Mapping[str, Any]]) -> int:
     if others:
         kept = ("maker", "status", "diagnoses", "evidence")
         content["others"] = [{name: entry[name] for name in kept} for entry in others]
-    content["margins"] = {
-        name: _least(content["margins"].get(name), row) for name, row in _margins(good, bad).items()
-    }
+    content["margins"] = {name: _least(content["margins"].get(name), row) for name, row in _margins(good, bad).items()}
     NUMBERS.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
     counts = Counter(entry["verdict"] for entry in bad)
     print(f"{len(bad)} wrong merges: {dict(counts)}; {len(good)} right ones, {len(_alarms(good))} alarms")
