@@ -23,7 +23,8 @@ import yaml
 from bench.cold_start import rows
 from bench.faults.report import fault_rows, margin_rows, other_rows, right_rows
 from runner.errors import EXIT_CANCELLED, EXIT_INTERNAL, EXIT_VERDICT_FAILED, RunnerError
-from tools.mutants import ALIVE
+from tools.mutants import CLASSES, MODULES, kind_of, results
+from tools.mutations import mutants
 from tools.schema import render_schema
 from tools.troubleshooting import render_messages
 from tools.typings import render_types
@@ -140,25 +141,21 @@ def margin_table() -> str:
 
 
 def mutant_table() -> str:
-    """Return how many mutants of each module of the judge were killed as a Markdown table."""
-    results: dict[str, dict[str, str]] = json.loads((ROOT / "docs" / "mutants.json").read_bytes())
-    modules = sorted({name.partition(".")[0] for name in results})
-    counts = [
-        (module, [one["by"] for name, one in results.items() if name.startswith(f"{module}.")]) for module in modules
+    """Return what became of the mutants of each module of the judge as a Markdown table."""
+    known = results()
+    found = {
+        module: [kind_of(known[one.name]) if one.name in known else "not asked" for one in mutants(module)]
+        for module in sorted(MODULES)
+    }
+    kinds = ("killed", *CLASSES, "unexplained", "not asked")
+    rows = [
+        (name, str(len(all_)), _share(all_.count("killed"), len(all_)), *(str(all_.count(kind)) for kind in kinds[1:]))
+        for name, all_ in {
+            **{f"`{module}`": all_ for module, all_ in found.items()},
+            "all": [kind for all_ in found.values() for kind in all_],
+        }.items()
     ]
-    counts.append(("all", [one["by"] for one in results.values()]))
-    return table(
-        ("Module", "Mutants", "Killed", "Survived", "Run by no test"),
-        [
-            (
-                f"`{name}`" if name in modules else name,
-                str(len(by)),
-                _share(len(by) - sum(map(by.count, ALIVE)), len(by)),
-                *(str(by.count(kind)) for kind in ALIVE),
-            )
-            for name, by in counts
-        ],
-    )
+    return table(("Module", "Mutants", *(kind.capitalize() for kind in kinds)), rows)
 
 
 def _share(part: int, whole: int) -> str:
