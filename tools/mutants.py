@@ -44,8 +44,9 @@ CLASSES = ("equivalent", "speed", "stricter", "words")
 # The gates: what decides whether a folder passes.
 MODULES = ("judge", "storage", "elements", "comparison", "exact", "tensors", "modules", "structure", "outputs", "case")
 TESTS = (
-    "alternatives", "comparison", "config_rules", "diagnosis", "doubt", "elements", "exact", "gates", "rounding",
-    "semantics", "storage", "stream_judge", "structure", "tensors", "verdict", "wrong_merges",
+    "alternatives", "case", "comparison", "config_rules", "diagnosis", "doubt", "elements", "exact", "gates", "judge",
+    "modules", "outputs", "rounding", "semantics", "storage", "stream_judge", "structure", "tensors", "verdict",
+    "wrong_merges",
 )  # fmt: skip
 
 Result = dict[str, Any]
@@ -119,10 +120,14 @@ class Mutator:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Run the tests, then the mutants."""
         self._run_all(session)
+        by = _in_child(None, self._items, timeout_s=None)
+        if by != ALIVE[0]:  # it would be taken for the killer of every mutant
+            raise session.Failed(f"{by} fails without any mutant when it is run once more, or in another order")
         for number, mutant in enumerate(self._todo):
             if time.monotonic() > self._until:
                 break
-            by = self._try(mutant)
+            concerned = self._concerned(mutant)
+            by = _in_child(mutant, concerned, timeout_s=TIMEOUT_S) if concerned else ALIVE[1]
             print(f"{number + 1}/{len(self._todo)} {mutant.name} (line {mutant.line}): {by}", flush=True)
             known = results(self._file)  # read again: explanations are written meanwhile
             known[mutant.name] = result_of(mutant, by, known.get(mutant.name))
@@ -153,34 +158,34 @@ class Mutator:
         sums_s = accumulate(self._took_s[item.nodeid] for item in concerned)
         return [item for item, sum_s in zip(concerned, sums_s, strict=True) if sum_s <= self._limit_s]
 
-    def _try(self, mutant: Mutant) -> str:
-        """Return the test that fails with the mutant, "timeout", "crash", or one of `ALIVE`."""
-        concerned = self._concerned(mutant)
-        if not concerned:
-            return ALIVE[1]
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(reader)
-            os.write(writer, self._run(mutant, concerned).encode())
-            os._exit(0)
-        os.close(writer)
-        ready, _, _ = select.select([reader], [], [], TIMEOUT_S)
-        said = os.read(reader, 4096).decode() if ready else "timeout"
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        os.close(reader)
-        return said or "crash"
 
-    def _run(self, mutant: Mutant, concerned: Sequence[pytest.Item]) -> str:
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
+def _in_child(mutant: Mutant | None, items: Sequence[pytest.Item], *, timeout_s: float | None) -> str:
+    """Return the test that fails with the mutant in a process of its own, "timeout", "crash", or "survived"."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        os.write(writer, _run(mutant, items).encode())
+        os._exit(0)
+    os.close(writer)
+    ready, _, _ = select.select([reader], [], [], timeout_s)
+    said = os.read(reader, 4096).decode() if ready else "timeout"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(reader)
+    return said or "crash"
+
+
+def _run(mutant: Mutant | None, items: Sequence[pytest.Item]) -> str:
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    if mutant is not None:
         install(mutant)
-        for item, following in zip(concerned, [*concerned[1:], concerned[0]], strict=True):
-            if any(report.failed for report in runtestprotocol(item, nextitem=following, log=False)):
-                return item.nodeid
-        return ALIVE[0]
+    for item, following in zip(items, [*items[1:], items[0]], strict=True):
+        if any(report.failed for report in runtestprotocol(item, nextitem=following, log=False)):
+            return item.nodeid
+    return ALIVE[0]
 
 
 if __name__ == "__main__":

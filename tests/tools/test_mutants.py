@@ -45,7 +45,7 @@ def test_one_run_asks_what_is_not_known_and_keeps_what_is(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(file.read_bytes())
     assert found[killed.name]["by"].startswith("tests/verify/test_tensors.py::")
-    assert found[unexplained.name] == _entry(unexplained, "not run")  # no class: it was asked again
+    assert found[unexplained.name] == _entry(unexplained, "not run", why="because")  # of no class: asked again
     assert found[explained.name] == _entry(explained, "survived", why=WHY)
     assert found[stale.name]["by"].startswith("tests/verify/test_tensors.py::")
     assert found[open_to_all.name]["by"] == "some::test"
