@@ -280,7 +280,7 @@ def _rows(case: Case, storage: Storage, probes: Sequence[Probe]) -> tuple[Module
 
 def _retention(storage: Storage) -> Check:
     kept = storage.retention
-    lossy = storage.has_delta and kept < MIN_RETENTION
+    lossy = kept < MIN_RETENTION
     detail = (
         f"Of the adapter's change of the weights, {kept:.1%} survived rounding; the merge itself is exact. "
         f"{advice(storage.alternatives)}"

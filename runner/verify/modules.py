@@ -142,7 +142,7 @@ class _ExactModule:
 
     def _look_up(self, inputs: torch.Tensor) -> torch.Tensor:
         weight = self._of("weight")
-        made = torch.empty(len(inputs), weight.shape[1], dtype=torch.float64)
+        made = torch.full((len(inputs), weight.shape[1]), torch.nan, dtype=torch.float64)
         for start, stop in row_blocks(weight.shape):
             inside = (inputs >= start) & (inputs < stop)
             if bool(inside.any()):
@@ -157,7 +157,7 @@ def _inputs(base: nn.Module, exact: _ExactModule, generator: torch.Generator) ->
         strongest = exact.change().topk(min(rows, MAX_ROWS)).indices
         return torch.cat([strongest, torch.randint(rows, (min(rows, MAX_ROWS),), generator=generator)])
     weight = getattr(base, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.ndim not in (1, 2) or not weight.is_floating_point():
+    if not isinstance(weight, torch.Tensor) or weight.ndim not in (1, 2):
         return None
     width = weight.shape[0] if is_transposed(base) else weight.shape[-1]
     return torch.randint(0, 2, (PROBES, width), generator=generator).double() * 2 - 1
