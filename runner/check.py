@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from runner.errors import LaunchError, RunnerError
-from runner.github import GitHub
-from runner.gpus import Gpus
+from runner.github.commands import GitHub
+from runner.inputs.gpus import Gpus
 from runner.launch import Wish, launch
 
 

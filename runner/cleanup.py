@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from runner.errors import RunnerError
-from runner.github import GitHub
+from runner.github.commands import GitHub
 from runner.launch.leftovers import remove_run
 from runner.work import PREFIX
 

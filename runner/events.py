@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner.checkpoint.digests import FileDigest, MergedCheckpoint
-from runner.combination import Combination
 from runner.errors import Problem
-from runner.gpu_turn import GpuWish
-from runner.limits import Evaluation, Limits
+from runner.gpu.turn import GpuWish
+from runner.inputs.combination import Combination
+from runner.inputs.limits import Evaluation, Limits
+from runner.inputs.rounding import Rounding
 from runner.plan import PlanSummary
-from runner.rounding import Rounding
 from runner.verify.verdict import Verdict
 from runner.wire import from_data, to_data
 

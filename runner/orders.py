@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from runner.events import Job
-from runner.gpu_turn import GpuWish
-from runner.inputs import Inputs
+from runner.gpu.turn import GpuWish
+from runner.inputs.read import Inputs
 from runner.launch import Wish
 from runner.owner import owner_of
 from runner.preflight import Resolved

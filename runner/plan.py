@@ -1,6 +1,6 @@
 """What will be done to every stored tensor, decided before a weight is read.
 
-`make_plan` takes the base's layout and the changes that an attached adapter makes (`runner.attach`) and gives
+`make_plan` takes the base's layout and the changes that an attached adapter makes (`runner.model.attach`) and gives
 the output's shards, byte for byte: names, dtypes, offsets, headers, index. Only sizes are computed here; no torch.
 The base's layout is kept (design decision 2): same shards, order and metadata; a header is rebuilt only when a
 tensor is added or changes its dtype.
@@ -22,7 +22,7 @@ from runner.checkpoint.layout import (
     build_header,
     tensor_size_bytes,
 )
-from runner.companions import Companion
+from runner.companions.files import Companion
 
 SAFETENSORS_DTYPES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 NAMES: Mapping[str, str] = {stored: name for name, stored in SAFETENSORS_DTYPES.items()}

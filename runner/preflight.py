@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runner import __version__
-from runner.adapter import Adapter, read_adapter
-from runner.base_identity import departures, named_base
+from runner.adapter.base_identity import departures, named_base
+from runner.adapter.combinable import check_combinable
+from runner.adapter.folder import Adapter, read_adapter
 from runner.checkpoint.layout import read_checkpoint
-from runner.combinable import check_combinable
 from runner.converted import Pickles, conversion_note
 from runner.disk import REPORT_BYTES, Need, check_room
+from runner.documents.provenance import AdapterOrigin, Origin, adapter_digest, base_digest
 from runner.hub import Hub, Keyless, Login, OnDownload, Snapshot, connect, read_patience
-from runner.inputs import IDENTITY_TOKEN, IDENTITY_URL, Inputs, RepoRef
-from runner.provenance import AdapterOrigin, Origin, adapter_digest, base_digest
+from runner.inputs.read import IDENTITY_TOKEN, IDENTITY_URL, Inputs, RepoRef
 from runner.publish import Destination, FolderDestination, HubDestination, Wanted
 
 Say = Callable[[str], None]

@@ -12,27 +12,27 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from runner.archive import archive
-from runner.card import CardFacts
 from runner.checkpoint.digests import MergedCheckpoint, digest_folder, digest_of
+from runner.companions.archive import archive
+from runner.console.lines import merged_lines, plan_lines, traffic_line, verdict_lines
+from runner.console.progress import Showing
 from runner.converted import Pickles
-from runner.documents import make_documents, merge_facts
+from runner.documents.card import CardFacts
+from runner.documents.contents import make_documents, merge_facts
+from runner.documents.inherited import inherit, read_readme
+from runner.documents.loading import read_loading
+from runner.documents.pictures import draw
+from runner.documents.provenance import CHECKSUMS, released
 from runner.errors import HubError, LaunchError, PublishError
 from runner.events import Event, Judged, Merged, PhaseStarted, Planned, Progress, ShardReady, Told
-from runner.github import GitHub
-from runner.inherited import inherit, read_readme
-from runner.inputs import Inputs
+from runner.github.commands import GitHub
+from runner.inputs.read import Inputs
 from runner.launch import Worker, launch
-from runner.lines import merged_lines, plan_lines, traffic_line, verdict_lines
-from runner.loading import read_loading
 from runner.orders import worker_job, worker_wish
-from runner.pictures import draw
 from runner.plan import PlanSummary
 from runner.preflight import Resolved, check_disks, fetch_base, fetch_merged, open_destination, open_hubs, resolve
-from runner.progress import Showing
-from runner.provenance import CHECKSUMS, released
 from runner.publish import Destination, EarlyUpload, Release, ToPublish
-from runner.record import Record
+from runner.report.record import Record
 from runner.stop import Stops
 from runner.verify.verdict import Status, Verdict
 from runner.work import WorkFolder

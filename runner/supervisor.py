@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.check import check_gpu
+from runner.console.progress import Showing
 from runner.errors import (
     EXIT_CANCELLED,
     EXIT_INTERNAL,
@@ -26,20 +27,19 @@ from runner.errors import (
     RunnerError,
     disk_full,
 )
-from runner.event import read_event
-from runner.github import GitHub
-from runner.inputs import Inputs, given_secrets, parse, usage, wants_help
+from runner.github.commands import GitHub
+from runner.github.event import read_event
+from runner.inputs.read import Inputs, given_secrets, parse, usage, wants_help
 from runner.launch import has_engine, is_mounted, own_ids
 from runner.owner import give_back
-from runner.progress import Showing
-from runner.record import Record
+from runner.report.record import Record
 from runner.stop import PhaseTimedOut, Stopped, Stops
 from runner.story import Story
 from runner.work import work_folder
 
 if TYPE_CHECKING:
+    from runner.console.screen import LiveScreen
     from runner.launch.again import Again
-    from runner.screen import LiveScreen
 
 END_S = 7.0  # for the second container to end, which has its own clock
 
@@ -104,7 +104,7 @@ def _screen(environ: Mapping[str, str]) -> LiveScreen | None:
     """Return a live display where a person looks at a terminal, else None."""
     if not sys.stdout.isatty():
         return None
-    from runner.screen import open_screen  # rich takes a moment, for those who see it
+    from runner.console.screen import open_screen  # rich takes a moment, for those who see it
 
     return open_screen(sys.stdout, environ)
 

@@ -2,7 +2,7 @@
 
 With `work-dir`, the folder is always the same, `lora-merge-run`, and locked: a second run at the same time gets a
 temporary one beside it. A run that ends removes its folder; a run that is interrupted (an error, a cancelled job, a
-kill) leaves what it has merged, and the next one with the same inputs goes on from there (`runner.resume`).
+kill) leaves what it has merged, and the next one with the same inputs goes on from there (`runner.merge.resume`).
 """
 
 from __future__ import annotations

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import TextIO
 
 from runner.checkpoint.digests import FileDigest
-from runner.combination import Several
-from runner.diagnosis import GpuFacts, diagnose, has_kernels
 from runner.errors import EXIT_CANCELLED, RunnerError, disk_full
 from runner.events import (
     Event,
@@ -36,7 +34,9 @@ from runner.events import (
     decode_job,
     encode,
 )
-from runner.gpu_turn import take_turn
+from runner.gpu.diagnosis import GpuFacts, diagnose, has_kernels
+from runner.gpu.turn import take_turn
+from runner.inputs.combination import Several
 from runner.libraries import leave, quick_imports
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors")
@@ -54,7 +54,7 @@ def main() -> int:
         channel.flush()
 
     with quick_imports():
-        importlib.import_module("runner.merge")  # all of torch, transformers and peft that a plan needs, too
+        importlib.import_module("runner.merge.job")  # all of torch, transformers and peft that a plan needs, too
         ready, facts = _ready()
     emit(ready)
     line = sys.stdin.readline()
@@ -83,7 +83,7 @@ def run(job: Job, emit: Emit, device: str = "cpu") -> None:
     """
     import torch
 
-    from runner.prepare import prepare
+    from runner.merge.prepare import prepare
 
     emit(PhaseStarted(phase="plan"))
     if job.verifies and job.evaluation.tasks:
@@ -100,7 +100,7 @@ def run(job: Job, emit: Emit, device: str = "cpu") -> None:
     )
     emit(Planned(summary=prepared.plan.summary))
     if job.merges:
-        from runner.merge import merge
+        from runner.merge.job import merge
 
         emit(PhaseStarted(phase="merge"))
         on_progress = _throttled("merge", sum(shard.size_bytes for shard in prepared.plan.shards), emit)
@@ -135,7 +135,7 @@ def _shards(emit: Emit) -> Callable[[Path, FileDigest], None]:
 
 
 def _ready() -> tuple[Ready, GpuFacts]:
-    from runner.gpu import look
+    from runner.gpu.device import look
 
     facts = look()
     problem = diagnose(facts)
@@ -148,7 +148,7 @@ def _ready() -> tuple[Ready, GpuFacts]:
 
 def _device(job: Job, facts: GpuFacts, emit: Emit) -> str:
     """Return "cuda" or "cpu", and hold the GPU from now on if it is "cuda"."""
-    from runner.gpu import use
+    from runner.gpu.device import use
 
     if job.device == "cpu" or diagnose(facts) is not None:
         return "cpu"

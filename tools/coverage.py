@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from runner.methods import LORA_INITS, LORA_VARIANTS, METHODS, REFUSED_FIELDS
+from runner.adapter.methods import LORA_INITS, LORA_VARIANTS, METHODS, REFUSED_FIELDS
 from tools import refusals
 from tools.exactness import Measured, measure
 from tools.suites import Suite, builder, describe_dtype, describe_structure, describe_tuner, read_suites

@@ -39,7 +39,7 @@ IN_CONTAINERS: Mapping[str, str] = {
 }
 # What no test provokes, and why.
 OPEN: Mapping[str, str] = {
-    "runner/units::_other_side::AdapterMismatch": "a guard: `runner.vocabulary` refuses what is known to lead here",
+    "runner/merge/units::_other_side::AdapterMismatch": "a guard: `model.vocabulary` refuses what leads here",
 }
 # Runs in every Python that the tests start, before anything of it. Only the standard library and runner.errors.
 HOOK = """

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from runner.checkpoint.digests import MergedCheckpoint
-from runner.declared import INPUTS
 from runner.errors import Problem
+from runner.inputs.declared import INPUTS
 from runner.plan import PlanSummary
-from runner.report import SCHEMA_VERSION, Report
+from runner.report.files import SCHEMA_VERSION, Report
 from runner.verify.verdict import Verdict
 
 _ATTRIBUTE = re.compile(r"^    (?P<name>\w+): (?P<text>.*(?:\n      .*)*)", re.MULTILINE)

@@ -23,7 +23,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from runner.provenance import CHECKSUMS
+from runner.documents.provenance import CHECKSUMS
 from runner.publish.contents import SERVER_OWNED
 
 

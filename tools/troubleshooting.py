@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner import errors
+from runner.documents.markdown import table
 from runner.errors import EXIT_CANCELLED, EXIT_INTERNAL, EXIT_VERDICT_FAILED, RunnerError
-from runner.markdown import table
 
 ROOT = Path(__file__).resolve().parent.parent
 GAP = "…"
 # Functions that put a problem among those of the inputs.
 _INPUTS = frozenset({"Problem", "add", "require", "_unknown"})
 # Rooms whose `Problem` is not one of the inputs.
-_OTHERS = {"runner/diagnosis.py": "LaunchError"}
+_OTHERS = {"runner/gpu/diagnosis.py": "LaunchError"}
 _NOT_HERE = frozenset({"runner/errors.py", "runner/supervisor.py"})  # the latter's are in SPECIAL
 SPECIAL: Mapping[int, tuple[str, Sequence[tuple[str, str, str]]]] = {
     EXIT_VERDICT_FAILED: (

@@ -1,6 +1,6 @@
 """action-types.yml: the types of the action's inputs and outputs, for generators of typed workflows.
 
-Written by `python -m tools.tables` from `runner.sources.INPUTS` and `action.yml`; never by hand.
+Written by `python -m tools.tables` from `runner.inputs.sources.INPUTS` and `action.yml`; never by hand.
 
 Source: the format of github-actions-typing (https://github.com/typesafegithub/github-actions-typing).
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from runner.declared import INPUTS, InputSpec
+from runner.inputs.declared import INPUTS, InputSpec
 from runner.verify.verdict import Status
 
 HEAD = (

@@ -8,8 +8,8 @@ from pathlib import Path
 from runner.libraries import leave, quick_imports
 
 with quick_imports():
-    from runner.merge import merge
-    from runner.prepare import prepare
+    from runner.merge.job import merge
+    from runner.merge.prepare import prepare
 
 if __name__ == "__main__":
     base, out, adapter = map(Path, sys.argv[1:4])

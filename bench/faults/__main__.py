@@ -23,8 +23,8 @@ from bench.faults.others import judge_others
 from bench.faults.report import write_report
 from bench.faults.scene import Scene, set_scene
 from demo.smollm2 import build
-from runner.merge import merge
-from runner.prepare import prepare
+from runner.merge.job import merge
+from runner.merge.prepare import prepare
 from runner.verify.case import open_case
 from runner.verify.elements import RightBlocks
 from runner.verify.judge import judge_merge

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from runner.merge import merge
-from runner.prepare import prepare
+from runner.merge.job import merge
+from runner.merge.prepare import prepare
 from runner.verify.case import Case, judge_semantics, open_case
 from runner.verify.elements import RightBlocks
 from runner.verify.judge import judge_merge

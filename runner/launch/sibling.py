@@ -22,7 +22,7 @@ from docker.types import DeviceRequest, Mount
 from docker.utils.socket import frames_iter
 
 from runner.errors import LaunchError
-from runner.gpus import Gpus
+from runner.inputs.gpus import Gpus
 from runner.launch.channel import STOP_GRACE_S, End
 from runner.launch.engine import Engine, Facts, Myself, attempt, translated
 

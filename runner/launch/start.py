@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from runner.errors import LaunchError
-from runner.gpus import Gpus
+from runner.inputs.gpus import Gpus
 from runner.launch.channel import Channel
 from runner.launch.environment import sibling_environment, worker_environment
 from runner.launch.identity import SOCKET

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.archive import Archived
 from runner.checkpoint.digests import FileDigest, digest_of
-from runner.companions import WEIGHT_SUFFIXES
+from runner.companions.archive import Archived
+from runner.companions.files import WEIGHT_SUFFIXES
+from runner.documents.provenance import CARD, MANIFEST, SIGNATURE, is_added_at_publish, released
 from runner.errors import PublishError
 from runner.hub import RemoteFile, Tree
-from runner.provenance import CARD, MANIFEST, SIGNATURE, is_added_at_publish, released
 
 SERVER_OWNED = ".gitattributes"  # the Hub adds rules to it in the commit that needs them
 _LOADED_SUFFIXES = (*WEIGHT_SUFFIXES, ".json", ".model", ".jinja", ".py")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from runner.archive import Archived
 from runner.checkpoint.digests import FileDigest
+from runner.companions.archive import Archived
 from runner.hub import BRANCH, Hub, Target
 from runner.publish import job
 from runner.publish.contents import gather

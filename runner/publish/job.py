@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.archive import Archived
 from runner.checkpoint.digests import FileDigest
+from runner.companions.archive import Archived
 from runner.errors import AccessDenied, HubError, PublishConflict, PublishError
 from runner.hub import BRANCH, Hub, Refs, Target
 from runner.hub.translate import clean

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from runner.rounding import NEAREST, STOCHASTIC
+from runner.inputs.rounding import NEAREST, STOCHASTIC
 from runner.verify.figures import Alternative
 
 LARGEST_F16 = 65504.0

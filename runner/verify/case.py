@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoint.layout import Checkpoint, read_checkpoint
-from runner.combination import Several
-from runner.rounding import Rounding
+from runner.inputs.combination import Several
+from runner.inputs.rounding import Rounding
 from runner.verify.blueprint import Blueprint, check_heads, read_blueprint
 from runner.verify.classes import read_task
 from runner.verify.combined import as_one

@@ -1,4 +1,4 @@
-"""Stochastic rounding as the judge computes it: in float64, from the definition in `runner.rounding`.
+"""Stochastic rounding as the judge computes it: in float64, from the definition in `runner.inputs.rounding`.
 
 Nothing here is the merge's: the draws are made by numpy on unsigned numbers, and the neighbours by division, not by
 bits. A stored value x' is right if a right float32 computation can have led to it: rounding is monotonic for a given
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from runner.rounding import Rounding
+from runner.inputs.rounding import Rounding
 from runner.verify.tensors import round_to, ulp
 
 _WHOLE = 2.0**-30  # r is a multiple of 2^-24 below 1; the largest that is asked for where r is not known

@@ -26,8 +26,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from runner.combination import Combination, Several
 from runner.errors import UnsupportedAdapter
+from runner.inputs.combination import Combination, Several
 from runner.verify.classes import empty_model, read_task
 from runner.verify.naming import as_peft_names
 from runner.verify.parts import Blocks, combine_by_peft, held_parts, load_parts

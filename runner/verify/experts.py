@@ -1,9 +1,9 @@
 """What a `target_parameters` adapter does to a stack of experts, read from its files alone, in closed form.
 
 For a parameter W of shape (experts, m, n) and expert e, ΔW[e] is s · B_e·A_e or its transpose, as
-`runner.expert_layout` tells from shapes, version and marker. A_e is the e-th block of r rows of A. B_e is the columns
-e, e + experts, … of B (PEFT's packing, the expert index running fastest), or, grouped by expert, the e-th block of r
-columns.
+`runner.adapter.expert_layout` tells from shapes, version and marker. A_e is the e-th block of r rows of A. B_e is the
+columns e, e + experts, … of B (PEFT's packing, the expert index running fastest), or, grouped by expert, the e-th block
+of r columns.
 
 This is the judge's own reading of PEFT's file format; it uses nothing of the merge.
 """
@@ -20,8 +20,8 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
+from runner.adapter.expert_layout import Pair, read_layout
 from runner.checkpoint.layout import TensorInfo
-from runner.expert_layout import Pair, read_layout
 from runner.verify.elements import Stored
 from runner.verify.exact import ExactLowRank
 from runner.verify.recipe import PREFIX, Recipe, scaling_of

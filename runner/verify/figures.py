@@ -146,7 +146,7 @@ class Alternative:
 
     Attributes:
         dtype: of the output; "auto" is the one that was chosen.
-        rounding: see `runner.rounding`.
+        rounding: see `runner.inputs.rounding`.
         retention: as in `Quality`; on average, where chance rounds. None where the dtype cannot hold the values.
         largest: magnitude of all finite values of the folder, where the range of the dtype matters; else None.
         subnormal: elements that would lie below the dtype's normal numbers, likewise.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from runner.limits import Limits, QualityLimit
+from runner.inputs.limits import Limits, QualityLimit
 from runner.verify.verdict import Check, Layer, Outcome, Quality
 
 _LAYERS = {"semantics": Layer.SEMANTICS, "end-to-end": Layer.END_TO_END}
@@ -50,7 +50,7 @@ def _quality_check(quality: Quality | None, limit: QualityLimit) -> Check:
 
 
 def figure(quality: Quality, name: str) -> float | None:
-    """Return a figure by its name in `runner.limits.FIGURES`; None where it was not measured."""
+    """Return a figure by its name in `runner.inputs.limits.FIGURES`; None where it was not measured."""
     if name == "nll-increase-nats":
         merged, unmerged = quality.nll_merged_nats, quality.nll_unmerged_nats
         return None if merged is None or unmerged is None else merged - unmerged

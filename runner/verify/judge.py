@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runner.checkpoint.layout import Checkpoint, read_checkpoint
-from runner.combination import Several
 from runner.errors import CheckpointError
-from runner.limits import Evaluation, Limits
-from runner.rounding import Rounding
+from runner.inputs.combination import Several
+from runner.inputs.limits import Evaluation, Limits
+from runner.inputs.rounding import Rounding
 from runner.verify.alternatives import advice
 from runner.verify.case import Case, Progress, open_case, skipped
 from runner.verify.continuations import NEW_TOKENS

@@ -1,6 +1,6 @@
 """Adapters that are not named as PEFT names them in this model, as folders that are.
 
-The names come from `runner.adapter_names`, transformers' own renamings among them, which whoever merged has used, too.
+The names come from `runner.adapter.names`, transformers' own renamings among them, which whoever merged has used, too.
 What keeps that honest: a name that no module takes fails in PEFT, each tensor must be in PEFT's model with the values
 of the file, and modules and end to end are judged by what that model computes.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from runner.adapter_names import Naming, name_adapter
+from runner.adapter.names import Naming, name_adapter
 from runner.checkpoint.layout import build_header, read_tensor_file
 from runner.verify.recipe import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config, read_adapter_header
 

@@ -33,7 +33,7 @@ def as_peft_packs(recipe: Recipe, empty: Callable[[], PreTrainedModel]) -> Itera
         empty: makes the base's model on the meta device.
 
     Raises:
-        BrokenAdapter, UnsupportedAdapter: nobody can tell how it is packed; see `runner.expert_layout`.
+        BrokenAdapter, UnsupportedAdapter: nobody can tell how it is packed; see `runner.adapter.expert_layout`.
         AdapterMismatch: PEFT cannot put the adapter on the base.
     """
     moved = _moved(recipe, empty) if recipe.config.get("target_parameters") else {}

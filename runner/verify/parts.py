@@ -13,8 +13,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
-from runner.combination import Combination
 from runner.errors import AdapterMismatch
+from runner.inputs.combination import Combination
 from runner.verify.models import LOAD_ERRORS, first_line, quiet
 
 Blocks = list[tuple[torch.Tensor, torch.Tensor]]  # (B, A) in float64, with the delta Σ B·A

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from runner.checkpoint.layout import Checkpoint
 from runner.errors import UnsupportedAdapter
-from runner.rounding import Rounding
+from runner.inputs.rounding import Rounding
 from runner.verify.blueprint import Blueprint
 from runner.verify.chance import Chance, chance_of
 from runner.verify.elements import Stored, same_exact

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from runner.provenance import MANIFEST
+from runner.documents.provenance import MANIFEST
 from tests.acceptance.half import Half, halves
 from tests.hub.server import LocalHub
 from tests.publish.world import make_folder, origin

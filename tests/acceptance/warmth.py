@@ -25,7 +25,7 @@ import json, os, select, signal, socket, sys
 from runner.libraries import quick_imports
 with quick_imports():
     from transformers import AutoTokenizer, LlamaForCausalLM
-    import runner.merge, runner.prepare, runner.verify.judge
+    import runner.merge.job, runner.merge.prepare, runner.verify.judge
 import runner.worker
 
 def work(request, descriptors):

@@ -12,9 +12,9 @@ import yaml
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from runner.canvas import Picture
-from runner.card import CardFacts
-from runner.inherited import Inherited
+from runner.documents.canvas import Picture
+from runner.documents.card import CardFacts
+from runner.documents.inherited import Inherited
 from runner.verify.verdict import Check, Layer, Outcome
 from tests.publish.world import FACTS, origin, verdict
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from runner.inputs import INPUTS
-from runner.report import Report
+from runner.inputs.read import INPUTS
+from runner.report.files import Report
 
 ROOT = Path(__file__).resolve().parents[2]
 ACTION: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text())

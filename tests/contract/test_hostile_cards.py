@@ -13,10 +13,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from runner.card import make_card
-from runner.inherited import Inherited, inherit
-from runner.loading import Loading, read_loading
-from runner.provenance import AdapterOrigin
+from runner.documents.card import make_card
+from runner.documents.inherited import Inherited, inherit
+from runner.documents.loading import Loading, read_loading
+from runner.documents.provenance import AdapterOrigin
 from tests.contract.hostile import ATTACKS, CARDS, HOSTILE, VALUES, facts_of, intended, readme, split, wrong_in
 from tests.publish.world import origin
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from runner.card import make_card
+from runner.documents.card import make_card
+from runner.documents.inherited import Inherited
 from runner.errors import InputError
-from runner.event import read_event
-from runner.github import GitHub
-from runner.inherited import Inherited
-from runner.inputs import parse
+from runner.github.commands import GitHub
+from runner.github.event import read_event
+from runner.inputs.read import parse
 from runner.syntax import repo_id_problem, tag_problem
 from tests.contract.hostile import HOSTILE, facts_of, split, wrong_in
 from tests.contract.runner_grammar import Log

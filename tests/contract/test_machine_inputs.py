@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from runner.errors import InputError
-from runner.gpus import Gpus
-from runner.inputs import Inputs, parse
+from runner.inputs.gpus import Gpus
+from runner.inputs.read import Inputs, parse
 
 
 @pytest.fixture

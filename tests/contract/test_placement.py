@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.inputs import Inputs, parse
-from runner.placement import Placement, branch_problem
+from runner.inputs.placement import Placement, branch_problem
+from runner.inputs.read import Inputs, parse
 from runner.syntax import endpoint_problem, tag_problem
 from tests.contract.test_inputs import GOOD, TOKEN, only_problem, problems_of, read, variables, workspace
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from runner.errors import InputError
-from runner.prompts import MAX_FILE_BYTES, MAX_PROMPT_CHARS, MAX_PROMPTS, read_prompts
-from runner.workspace import Workspace
+from runner.inputs.prompts import MAX_FILE_BYTES, MAX_PROMPT_CHARS, MAX_PROMPTS, read_prompts
+from runner.inputs.workspace import Workspace
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from runner.checkpoint.digests import FileDigest, MergedCheckpoint
 from runner.errors import Problem, RunnerError
 from runner.plan import PlanSummary
 from runner.publish import Release
-from runner.report import Report
+from runner.report.files import Report
 from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
 from tests.contract.test_markdown import Page
 from tools.schema import strict

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from runner.checkpoint.digests import MergedCheckpoint
-from runner.combination import Several
-from runner.merge import merge
+from runner.inputs.combination import Several
+from runner.merge.job import merge
+from runner.merge.prepare import prepare
 from runner.plan import Plan
-from runner.prepare import prepare
 
 
 def run_merge(

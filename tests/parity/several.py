@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from runner.checkpoint.names import map_names
-from runner.combination import PRUNING, RANDOM, VOTING, Combination, Several
+from runner.inputs.combination import PRUNING, RANDOM, VOTING, Combination, Several
 from tests.parity import models, oracle
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

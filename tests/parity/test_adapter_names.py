@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from runner.checkpoint.layout import INDEX_FILE
 from runner.checkpoint.names import map_names
 from runner.errors import AdapterError, AdapterMismatch, UnsupportedAdapter
-from runner.prepare import prepare
+from runner.merge.prepare import prepare
 from runner.verify.judge import judge
 from runner.verify.verdict import Status
 from tests.parity import models, oracle, structures

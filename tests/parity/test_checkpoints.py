@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from runner.errors import UnsupportedCheckpoint
-from runner.prepare import prepare
+from runner.merge.prepare import prepare
 from runner.verify.judge import judge
 from runner.verify.verdict import Layer, Status
 from tests.parity import models, oracle

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from runner.errors import BrokenAdapter, UnsupportedAdapter
-from runner.prepare import prepare
+from runner.merge.prepare import prepare
 from runner.verify.judge import judge
 from runner.verify.verdict import Status
 from tests.parity import models, oracle, structures

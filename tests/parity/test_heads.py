@@ -13,7 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from runner.errors import AdapterMismatch, BrokenCheckpoint
-from runner.prepare import prepare
+from runner.merge.prepare import prepare
 from runner.verify.judge import judge
 from runner.verify.verdict import Outcome
 from tests.parity import heads, models, oracle

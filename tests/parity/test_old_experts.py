@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from runner.errors import AdapterMismatch
-from runner.prepare import prepare
+from runner.merge.prepare import prepare
 from runner.verify.judge import judge
 from runner.verify.verdict import Status
 from tests.parity import models, oracle, structures

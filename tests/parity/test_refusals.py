@@ -15,7 +15,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from runner.combination import Combination, Several
 from runner.errors import (
     AdapterMismatch,
     BrokenAdapter,
@@ -24,7 +23,8 @@ from runner.errors import (
     UnsupportedAdapter,
     UnsupportedCheckpoint,
 )
-from runner.prepare import prepare
+from runner.inputs.combination import Combination, Several
+from runner.merge.prepare import prepare
 from runner.verify.judge import judge
 from tests.parity import models
 from tests.parity.pipeline import run_merge

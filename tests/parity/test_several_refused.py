@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.combination import KINDS, Several
 from runner.errors import AdapterMismatch, UnsupportedAdapter
+from runner.inputs.combination import KINDS, Several
 from tests.parity import models
 from tests.parity.pipeline import run_merge
 from tests.parity.several import combination, lora, save_all

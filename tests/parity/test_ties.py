@@ -14,9 +14,9 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
-from runner.merge import merge
-from runner.prepare import prepare
-from runner.rounding import STOCHASTIC, Rounding
+from runner.inputs.rounding import STOCHASTIC, Rounding
+from runner.merge.job import merge
+from runner.merge.prepare import prepare
 from runner.verify.judge import judge
 from runner.verify.verdict import Status
 from tests.parity import models, oracle, structures

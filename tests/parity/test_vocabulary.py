@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from runner.errors import AdapterMismatch
-from runner.prepare import prepare
+from runner.merge.prepare import prepare
 from runner.verify.judge import judge
 from tests.parity import heads, models, oracle
 from tests.parity.heads import Trained

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from runner.check import check_gpu
-from runner.github import GitHub
+from runner.github.commands import GitHub
 from tests.pipeline.conftest import ROOT, TARGET, Action
 
 

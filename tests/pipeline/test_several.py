@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from runner.combination import Several
+from runner.inputs.combination import Several
 from tests.hub.server import LocalHub
 from tests.parity import models, oracle
 from tests.parity.several import combination, peft_combination

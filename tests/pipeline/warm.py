@@ -18,8 +18,8 @@ WARM = """
 import json, os, signal, sys, time, traceback
 from pathlib import Path
 import torch
-from runner.merge import merge
-from runner.prepare import prepare
+from runner.merge.job import merge
+from runner.merge.prepare import prepare
 def finished(journal):
     try:
         return len(json.loads(journal.read_text())["files"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.archive import archive
+from runner.companions.archive import archive
 from runner.errors import HubError
 from tests.publish.test_targets import second
 from tests.publish.world import REPO, World

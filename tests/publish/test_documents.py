@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from runner.checkpoint.digests import FileDigest
+from runner.documents.provenance import CHECKSUMS, MANIFEST, SIGNATURE, checksums, release_digests
 from runner.errors import PublishError
-from runner.provenance import CHECKSUMS, MANIFEST, SIGNATURE, checksums, release_digests
 from tests.publish.test_faults import is_released
 from tests.publish.world import World, origin
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub.utils import _xet
 
-from runner import provenance
 from runner.checkpoint.digests import digest_folder
+from runner.documents import provenance
+from runner.documents.provenance import manifest
 from runner.errors import PublishError
-from runner.provenance import manifest
 from runner.publish import EarlyUpload, HubDestination, Release, ToPublish, Wanted
 from tests.hub.faults import FOREVER, Kind
 from tests.hub.xetclient import use_xet

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from runner import provenance
 from runner.checkpoint.digests import digest_folder
+from runner.documents import provenance
+from runner.documents.provenance import Origin, manifest
 from runner.errors import NotEnoughDisk, PublishConflict, PublishError, TagExists
-from runner.provenance import Origin, manifest
 from runner.publish import FolderDestination, Release, ToPublish, Wanted
 from runner.publish import folder as room
 from runner.verify.verdict import Status, Verdict

@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub.utils import _xet
 
 from runner.hub import connect
+from runner.inputs.reference import RepoRef
 from runner.publish import upload
-from runner.reference import RepoRef
 from tests.hub.faults import Kind
 from tests.hub.xetclient import use_xet
 from tests.publish.world import World

@@ -18,7 +18,7 @@ from runner.errors import BrokenCheckpoint, HubError, HubUnavailable, PublishErr
 from runner.hub import Given, Keyless, connect
 from runner.hub.outline import write_stand_in
 from runner.hub.translate import translate
-from runner.inputs import RepoRef
+from runner.inputs.read import RepoRef
 from runner.publish.destination import FolderDestination
 from tests.hub.identity import IdentityProvider
 from tests.publish.test_folder import Shelf

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from runner import provenance
 from runner.checkpoint.digests import digest_folder
+from runner.documents import provenance
+from runner.documents.provenance import MergeFacts, Origin, manifest
 from runner.hub import Hub, Patience, connect
-from runner.provenance import MergeFacts, Origin, manifest
 from runner.publish import OnExistingTag, Release, Wanted, find_existing, finish, publish
 from runner.verify.verdict import Check, Layer, Outcome, Status, Verdict
 from tests.hub.server import LocalHub

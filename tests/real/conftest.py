@@ -14,8 +14,8 @@ import pytest
 from filelock import FileLock
 
 from demo.smollm2 import build
-from runner.merge import merge
-from runner.prepare import prepare
+from runner.merge.job import merge
+from runner.merge.prepare import prepare
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STRONG, WEAK = ROOT / "demo" / "adapter", ROOT / "demo" / "adapter-weak"

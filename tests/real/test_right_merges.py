@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from runner.combination import Combination, Several
-from runner.merge import merge
-from runner.prepare import prepare
+from runner.inputs.combination import Combination, Several
+from runner.merge.job import merge
+from runner.merge.prepare import prepare
 from runner.verify.case import open_case
 from runner.verify.judge import judge_merge
 from runner.verify.verdict import Layer, Status

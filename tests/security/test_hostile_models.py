@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from runner.adapter import read_adapter
+from runner.adapter.folder import read_adapter
 from runner.errors import RunnerError
 from runner.events import Event, Job, Judged
-from runner.limits import Evaluation, Limits
-from runner.rounding import Rounding
+from runner.inputs.limits import Evaluation, Limits
+from runner.inputs.rounding import Rounding
 from runner.verify.verdict import Verdict
 from runner.worker import run
 from tests.security.damage import pickle_that_makes, rewrite_header

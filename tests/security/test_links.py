@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from runner.errors import InputError
-from runner.reference import read_reference
-from runner.workspace import Workspace
+from runner.inputs.reference import read_reference
+from runner.inputs.workspace import Workspace
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from peft import PeftConfig
 from peft.tuners.lora.config import ArrowConfig
 from safetensors.torch import load_file, save_file
 
-from runner.adapter import read_adapter
+from runner.adapter.folder import read_adapter
 from runner.errors import BrokenAdapter, UnsupportedAdapter
 from tests.parity import models
 from tests.parity.cases import CASES, llama, lora

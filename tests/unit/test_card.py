@@ -13,9 +13,9 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from runner.card import CardFacts, make_card
-from runner.inherited import Inherited, inherit, read_readme
-from runner.provenance import Origin
+from runner.documents.card import CardFacts, make_card
+from runner.documents.inherited import Inherited, inherit, read_readme
+from runner.documents.provenance import Origin
 from runner.verify.verdict import Check, Layer, Outcome, Status
 from tests.hub.cards import judge
 from tests.publish.world import FACTS, origin, verdict

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.companion_notes import check_tokenizer, companion_notes
-from runner.companions import copy_companion, edit_json, find_companions, read_config
+from runner.companions.files import copy_companion, edit_json, find_companions, read_config
+from runner.companions.notes import check_tokenizer, companion_notes
 from runner.errors import AdapterMismatch, BrokenCheckpoint
 
 

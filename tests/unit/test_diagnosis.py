@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from runner.diagnosis import Gpu, GpuFacts, diagnose, has_kernels
+from runner.gpu.diagnosis import Gpu, GpuFacts, diagnose, has_kernels
 
 GOOD = GpuFacts(
     torch="2.13.0",

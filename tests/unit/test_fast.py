@@ -13,8 +13,8 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from runner.errors import RunnerError
-from runner.fast import LEAST_ROWS, MIN_ROWS, SUM_BYTES, is_same, row_blocks
-from runner.whole import UnitMerger
+from runner.merge.fast import LEAST_ROWS, MIN_ROWS, SUM_BYTES, is_same, row_blocks
+from runner.merge.whole import UnitMerger
 from tests.parity import models, oracle
 from tests.parity.pipeline import run_merge
 

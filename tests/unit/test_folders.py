@@ -8,7 +8,7 @@ import pytest
 
 from runner.checkpoint.journal import Journal
 from runner.errors import NotEnoughDisk, RunnerError
-from runner.resume import Standing, check_space
+from runner.merge.resume import Standing, check_space
 from runner.work import work_folder
 
 

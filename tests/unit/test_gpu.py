@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runner.diagnosis import diagnose
 from runner.errors import LaunchError
-from runner.gpu import look, use
+from runner.gpu.device import look, use
+from runner.gpu.diagnosis import diagnose
 
 
 def test_the_facts_are_those_of_torch() -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from runner.errors import LaunchError, NotEnoughMemory
-from runner.gpu_turn import GpuWish, free_bytes, take_turn
+from runner.gpu.turn import GpuWish, free_bytes, take_turn
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import sys, time
 from pathlib import Path
-from runner.gpu_turn import GpuWish, take_turn
+from runner.gpu.turn import GpuWish, take_turn
 take_turn(GpuWish(min_free_bytes=0, wait_s=0, locks=Path(sys.argv[1]), holder="octo/other 17 merge"), ["GPU-a"], print)
 print("held", flush=True)
 time.sleep(60)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runner.gpus import Gpus, parse_gpus, parse_size
+from runner.inputs.gpus import Gpus, parse_gpus, parse_size
 
 UUID = "GPU-8f3c2a10-1b2c-4d5e-8f90-0123456789ab"
 

@@ -237,7 +237,7 @@ def test_no_selected_path_leaves_the_folder_or_is_pickled(paths: list[str], kind
 
 def test_the_room_imports_without_its_heavy_client() -> None:
     code = (
-        "import sys, runner.hub, runner.publish, runner.card;"
+        "import sys, runner.hub, runner.publish, runner.documents.card;"
         "print(sorted({'huggingface_hub', 'torch', 'httpx2', 'httpx'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

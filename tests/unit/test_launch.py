@@ -12,7 +12,7 @@ import docker
 import pytest
 
 from runner.errors import LaunchError
-from runner.gpus import Gpus
+from runner.inputs.gpus import Gpus
 from runner.launch.cgroup import Memory, read_memory
 from runner.launch.engine import Engine, Facts, Myself
 from runner.launch.environment import sibling_environment, worker_environment

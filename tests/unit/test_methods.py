@@ -10,7 +10,7 @@ import pytest
 from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-from runner.methods import LORA_INITS, LORA_VARIANTS, METHODS, REFUSED_FIELDS, find_refusal, reads_base
+from runner.adapter.methods import LORA_INITS, LORA_VARIANTS, METHODS, REFUSED_FIELDS, find_refusal, reads_base
 from tests.parity.cases import CASES
 
 MERGED = sorted(name for name, method in METHODS.items() if not method.refusal)

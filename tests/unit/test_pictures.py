@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 import pytest
 from matplotlib.image import imread
 
-from runner.pictures import _grid, draw, picture_files
-from runner.prompt_pictures import _plain, _shortened, draw_prompts
+from runner.documents.pictures import _grid, draw, picture_files
+from runner.documents.prompt_pictures import _plain, _shortened, draw_prompts
 from runner.verify.figures import PromptRow
 from runner.verify.verdict import ERROR_BINS, ModuleRow, Status, Verdict
 

@@ -8,10 +8,10 @@ import time
 
 import pytest
 
+from runner.console.progress import Pace, Showing, span
 from runner.errors import Problem
 from runner.events import Progress
-from runner.github import GitHub
-from runner.progress import Pace, Showing, span
+from runner.github.commands import GitHub
 from tests.contract.runner_grammar import Log
 
 WORKFLOW = {"GITHUB_ACTIONS": "true"}

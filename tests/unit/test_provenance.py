@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from runner.checkpoint.digests import FileDigest, digest_of
-from runner.combination import Combination
-from runner.provenance import AdapterOrigin, adapter_digest, base_digest, manifest, quality_numbers, rounded
-from runner.rounding import Rounding
+from runner.documents.provenance import AdapterOrigin, adapter_digest, base_digest, manifest, quality_numbers, rounded
+from runner.inputs.combination import Combination
+from runner.inputs.rounding import Rounding
 from runner.verify.verdict import Check, Layer, Outcome, Quality, Status
 from tests.publish.world import FACTS, origin, verdict
 

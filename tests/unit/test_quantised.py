@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from runner.errors import UnsupportedCheckpoint
-from runner.quantised import check_not_quantised
+from runner.model.quantised import check_not_quantised
 
 PLAIN = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.layers.0.input_layernorm.weight")
 Q = "model.layers.0.self_attn.q_proj"

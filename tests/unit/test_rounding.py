@@ -9,8 +9,8 @@ import struct
 import pytest
 import torch
 
-from runner.rounding import STOCHASTIC, Rounding
-from runner.stochastic import Rounder
+from runner.inputs.rounding import STOCHASTIC, Rounding
+from runner.merge.stochastic import Rounder
 from runner.verify.chance import Chance
 
 MASK = (1 << 64) - 1
@@ -18,7 +18,7 @@ DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def _by_definition(value: float, *, seed: int, name: str, index: int, dtype: torch.dtype) -> float:
-    """Return what `runner.rounding` says, in Python's own numbers."""
+    """Return what `runner.inputs.rounding` says, in Python's own numbers."""
     key = int.from_bytes(hashlib.sha256(f"{seed}\n{name}".encode()).digest()[:8], "little")
     z = (key + (index // 2 + 1) * 0x9E3779B97F4A7C15) & MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK

@@ -7,10 +7,10 @@ import io
 import pytest
 from rich.console import Console
 
+from runner.console.progress import Showing
+from runner.console.screen import LiveScreen, open_screen
 from runner.events import Progress
-from runner.github import GitHub
-from runner.progress import Showing
-from runner.screen import LiveScreen, open_screen
+from runner.github.commands import GitHub
 
 
 class Tty(io.StringIO):

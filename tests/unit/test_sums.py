@@ -14,16 +14,16 @@ import transformers
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-import runner.sums
+import runner.merge.sums
 from runner.checkpoint.layout import read_checkpoint
 from runner.checkpoint.reader import Reader, tensor_bytes
 from runner.checkpoint.writer import ShardWriter
-from runner.experts import Panel
-from runner.fast import LinearMerger
-from runner.merge import merge
+from runner.merge.experts import Panel
+from runner.merge.fast import LinearMerger
+from runner.merge.job import merge
+from runner.merge.prepare import prepare
+from runner.merge.sums import GpuMerger, Sums
 from runner.plan import Action, TensorPlan
-from runner.prepare import prepare
-from runner.sums import GpuMerger, Sums
 from tests.parity import models
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -81,7 +81,7 @@ def test_a_product_in_another_order_is_left_to_the_cpu(tmp_path: Path, monkeypat
     with reader:
         cpu = LinearMerger(reader, BLOCK_BYTES)
         expected = _merged(cpu, [_panel(64)], tensor, tmp_path)
-        monkeypatch.setattr(runner.sums, "multiply", backwards)
+        monkeypatch.setattr(runner.merge.sums, "multiply", backwards)
         gpu = GpuMerger(reader, BLOCK_BYTES, CPU)
 
         assert not gpu.takes(tensor, _panel(64))
@@ -135,8 +135,8 @@ def test_a_gpu_that_gives_other_bits_than_peft_is_left(tmp_path: Path, monkeypat
                 buffer.raw[0] ^= 1
                 yield buffer, filled
 
-    monkeypatch.setattr(runner.merge, "GpuMerger", Faulty)
-    monkeypatch.setattr(runner.merge, "ShardWriter", lambda root, *, buffer_bytes, is_pinned: ShardWriter(
+    monkeypatch.setattr(runner.merge.job, "GpuMerger", Faulty)
+    monkeypatch.setattr(runner.merge.job, "ShardWriter", lambda root, *, buffer_bytes, is_pinned: ShardWriter(
         root, buffer_bytes=buffer_bytes
     ))  # fmt: skip
     merged = merge(prepare(base, adapter, dtype="auto"), into=tmp_path / "gpu", device="cuda")

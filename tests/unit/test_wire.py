@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.checkpoint.digests import FileDigest, MergedCheckpoint
-from runner.combination import Combination
 from runner.errors import AdapterMismatch, Problem, RunnerError, rebuild
 from runner.events import Failed, Job, Judged, Merged, Progress, decode, decode_job, encode
-from runner.gpu_turn import GpuWish
-from runner.limits import Evaluation, Limits, QualityLimit, Tolerance
-from runner.rounding import Rounding
+from runner.gpu.turn import GpuWish
+from runner.inputs.combination import Combination
+from runner.inputs.limits import Evaluation, Limits, QualityLimit, Tolerance
+from runner.inputs.rounding import Rounding
 from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
 
 VERDICT = Verdict(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.rounding import NEAREST, STOCHASTIC
+from runner.inputs.rounding import NEAREST, STOCHASTIC
 from runner.verify.alternatives import Gauge, advice, alternatives
 from runner.verify.figures import Alternative
 from runner.verify.judge import judge

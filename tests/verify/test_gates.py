@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.limits import FIGURES, Limits, QualityLimit, Tolerance
+from runner.inputs.limits import FIGURES, Limits, QualityLimit, Tolerance
 from runner.verify.figures import Perplexity, TaskScore
 from runner.verify.gates import figure, loosen, quality_checks
 from runner.verify.judge import GATES, decide, judge

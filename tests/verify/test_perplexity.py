@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from runner.limits import Evaluation, Limits, QualityLimit
+from runner.inputs.limits import Evaluation, Limits, QualityLimit
 from runner.verify.judge import judge
 from runner.verify.prompts import EVAL_TOKENS, EVAL_WINDOW, Purpose, make_questions
 from runner.verify.verdict import Status

@@ -9,9 +9,9 @@ import pytest
 from peft import LoKrConfig
 
 from runner.checkpoint.digests import MergedCheckpoint
-from runner.merge import merge
-from runner.prepare import prepare
-from runner.rounding import STOCHASTIC, Rounding
+from runner.inputs.rounding import STOCHASTIC, Rounding
+from runner.merge.job import merge
+from runner.merge.prepare import prepare
 from runner.verify.judge import judge
 from runner.verify.verdict import Layer, Status, Verdict
 from tests.verify.faults import damage_mantissa_bit, damage_scale

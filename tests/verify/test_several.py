@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.combination import KINDS, RANDOM, Several
 from runner.errors import UnsupportedAdapter
-from runner.merge import merge
-from runner.prepare import prepare
+from runner.inputs.combination import KINDS, RANDOM, Several
+from runner.merge.job import merge
+from runner.merge.prepare import prepare
 from runner.verify.case import open_case
 from runner.verify.combined import as_one
 from runner.verify.judge import judge, judge_merge

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from runner.errors import InputError, Problem, rebuild
-from runner.limits import Evaluation, Limits, QualityLimit
+from runner.inputs.limits import Evaluation, Limits, QualityLimit
 from runner.verify.figures import TaskScore
 from runner.verify.judge import judge
 from runner.verify.tasks import check_tasks, run_tasks

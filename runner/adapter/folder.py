@@ -1,0 +1,198 @@
+"""An adapter folder, validated: its configuration, its tensors, and nothing that a merge would lose.
+
+Covered: safetensors adapters of every PEFT method that can merge; each is refused here, before the base is
+touched, when the folder is incomplete, a tensor is not finite, or the method has no exact merge.
+Not covered here: whether its tensors fit a base (`runner.model.attach` places every one of them).
+
+No torch: the supervisor reads adapters before it downloads a base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from runner.adapter.fields import check_fields, check_rank
+from runner.adapter.methods import FACTORS, find_refusal
+from runner.checkpoint.layout import TensorFile, TensorInfo, read_tensor_file
+from runner.checkpoint.pointers import is_pointer, pointer_problem
+from runner.errors import BrokenAdapter, BrokenCheckpoint, UnsupportedAdapter
+from runner.syntax import parse_json
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 10_000_000
+SCAN_BYTES = 4 << 20
+
+_EXPONENT = MappingProxyType({"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A PEFT adapter on disk.
+
+    Attributes:
+        root: the folder.
+        config: adapter_config.json, as parsed.
+        peft_type: for example "LORA".
+        task_type: for example "CAUSAL_LM", or None.
+        base_model: what the adapter says that it was trained on; a hint, never followed silently.
+        tensors: by their names in the file.
+    """
+
+    root: Path
+    config: Mapping[str, Any]
+    peft_type: str
+    task_type: str | None
+    base_model: str | None
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all adapter tensors as stored."""
+        return sum(tensor.size_bytes for tensor in self.tensors.values())
+
+
+def read_adapter(root: Path) -> Adapter:
+    """Return the adapter in `root`; reads its config, its header, and every weight once to see that it is finite.
+
+    Raises:
+        BrokenAdapter: a file is missing, pickled, truncated or not finite.
+        UnsupportedAdapter: a method or option that has no exact merge, or an adapter that changes nothing.
+    """
+    config = _read_config(root)
+    check_fields(config)
+    peft_type = str(config.get("peft_type") or "")
+    _check_method(config)
+    file = _read_weights(root)
+    if peft_type == "LORA":
+        check_rank(config, (tensor.shape for tensor in file.tensors))
+    zeros = _check_values(root, file)
+    _check_effect(peft_type, [tensor.name for tensor in file.tensors], zeros)
+    base_model = config.get("base_model_name_or_path")
+    task_type = config.get("task_type")
+    return Adapter(
+        root=root,
+        config=MappingProxyType(config),
+        peft_type=peft_type,
+        task_type=str(task_type) if task_type else None,
+        base_model=str(base_model) if base_model else None,
+        tensors={tensor.name: tensor for tensor in file.tensors},
+    )
+
+
+def _read_config(root: Path) -> dict[str, Any]:
+    path = root / CONFIG_FILE
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise _broken(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes.")
+        if is_pointer(path):
+            problem = pointer_problem(CONFIG_FILE)
+            raise BrokenAdapter(problem.what, why=problem.why, fix=problem.fix)
+        config = parse_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise BrokenAdapter(
+            f"The adapter folder has no {CONFIG_FILE}.",
+            why="A PEFT adapter is a folder with adapter_config.json and adapter_model.safetensors.",
+            fix="Point `adapter-path` at the folder that `save_pretrained` of the PEFT model wrote.",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise _broken(f"{CONFIG_FILE} cannot be read as JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise _broken(f"{CONFIG_FILE} is not a JSON object.")
+    return config
+
+
+def _check_method(config: Mapping[str, Any]) -> None:
+    refusal = find_refusal(config)
+    if refusal is not None:
+        raise UnsupportedAdapter(
+            f"The adapter {refusal.subject}, which cannot be merged.",
+            why=f"{refusal.reason[0].upper()}{refusal.reason[1:]}.",
+            fix="Release the adapter as an adapter, or train one of a method that changes weights, such as plain LoRA.",
+        )
+
+
+def _read_weights(root: Path) -> TensorFile:
+    if not (root / WEIGHTS_FILE).is_file():
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in root.glob(pattern))
+        raise BrokenAdapter(
+            f"The adapter folder has no {WEIGHTS_FILE}" + (f", only {pickled[0]}." if pickled else "."),
+            why="Only safetensors are read: unpickling can run code.",
+            fix="Save it again with PEFT's `save_pretrained`"
+            + (", or set `allow-pickle: true`: tensors only, in a process of its own." if pickled else "."),
+        )
+    try:
+        file = read_tensor_file(root, WEIGHTS_FILE)
+    except BrokenCheckpoint as error:
+        raise BrokenAdapter(error.problem.what, why=error.problem.why, fix=error.problem.fix) from error
+    if not file.tensors:
+        raise _broken(f"{WEIGHTS_FILE} holds no tensor.")
+    for tensor in file.tensors:
+        if tensor.dtype not in _EXPONENT and not tensor.dtype.startswith(("I", "U", "BOOL")):
+            raise UnsupportedAdapter(
+                f"The adapter tensor {tensor.name!r} is stored as {tensor.dtype}.",
+                why="Adapters are merged in float32, which holds BF16, F16 and F32 exactly, and this not.",
+                fix="Save the adapter in float32, bfloat16 or float16.",
+            )
+    return file
+
+
+def _check_values(root: Path, file: TensorFile) -> set[str]:
+    """Refuse what is not finite, and return the names of float tensors that are all zero."""
+    # numpy has no bfloat16, so the test is on the bits: all exponent bits set means Inf or NaN.
+    import numpy as np
+
+    zeros = set()
+    with (root / file.name).open("rb") as stream:
+        for tensor in file.tensors:
+            if tensor.dtype not in _EXPONENT:
+                continue
+            is_zero = True
+            word, mask = _EXPONENT[tensor.dtype]
+            stream.seek(tensor.start)
+            left = tensor.size_bytes
+            while left:
+                block = stream.read(min(SCAN_BYTES, left))
+                left -= len(block)
+                values = np.frombuffer(block, dtype=word)
+                is_zero = is_zero and not bool((values << 1).any())  # without the sign
+                if bool(((values & mask) == mask).any()):
+                    raise BrokenAdapter(
+                        f"The adapter tensor {tensor.name!r} holds NaN or Inf.",
+                        why="The training diverged, or the file was damaged; merged, it would poison the base.",
+                        fix="Take an earlier checkpoint of the training.",
+                    )
+            if is_zero:
+                zeros.add(tensor.name)
+    return zeros
+
+
+def _check_effect(peft_type: str, names: Collection[str], zeros: Collection[str]) -> None:
+    """Refuse an adapter of which every tensor is zero, or is multiplied by one that is."""
+    factors = FACTORS.get(peft_type, ())
+    modules = {name: _module_of_factor(name, factors) for name in names}
+    null = {modules[name] for name in zeros}
+    if factors and all(name in zeros or (modules[name] and modules[name] in null) for name in names):
+        raise UnsupportedAdapter(
+            f"The adapter changes nothing: each of its {len(names)} tensors is zero or is multiplied by zero, "
+            f"{min(zeros)!r} first.",
+            why="It was saved before it was trained, or its training never reached it; a release would be the base.",
+            fix="Take a checkpoint from the end of the training.",
+        )
+
+
+def _module_of_factor(name: str, factors: tuple[str, ...]) -> str:
+    parts = name.split(".")
+    return next((".".join(parts[:at]) for at, part in enumerate(parts) if part.startswith(factors)), "")
+
+
+def _broken(what: str) -> BrokenAdapter:
+    return BrokenAdapter(
+        what,
+        why="The adapter folder was not written, or not copied, as a whole.",
+        fix="Save or download the adapter again.",
+    )

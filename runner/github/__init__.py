@@ -1,0 +1,1 @@
+"""GitHub's runner: the commands and files that it reads, and the event that started the workflow."""

@@ -1,0 +1,89 @@
+"""A model as the user names it: a local folder, or `owner/name[@revision]` on the Hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.errors import InputError, Problem
+from runner.inputs.workspace import Workspace
+from runner.syntax import repo_id_problem, revision_problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepoRef:
+    """A model as the user named it: a local folder, or a repository on the Hub.
+
+    Attributes:
+        repo_id: `owner/name`, or None for a folder.
+        revision: branch, tag or commit; None for the default branch.
+        path: an absolute folder that exists, links followed; None for a repository.
+    """
+
+    repo_id: str | None = None
+    revision: str | None = None
+    path: Path | None = None
+
+    @property
+    def display(self) -> str:
+        """As the user would write it."""
+        if self.repo_id is None:
+            return str(self.path)
+        return self.repo_id if self.revision is None else f"{self.repo_id}@{self.revision}"
+
+
+def read_reference(name: str, text: str, workspace: Workspace) -> RepoRef:
+    """Return what `text` names.
+
+    Text that starts with `.`, `/` or `~` is a path. Other text is a path if there is such a folder (an output
+    of an earlier step may look like `owner/name`), else a repository.
+
+    Args:
+        name: the input, for errors.
+        text: its value.
+        workspace: where relative paths start.
+
+    Raises:
+        InputError: no such folder, or neither a folder nor a name that the Hub could have.
+    """
+    if text.startswith((".", "/", "~")) or workspace.locate(name, text).exists():
+        return RepoRef(path=_folder(name, text, workspace))
+    repo_id, at, revision = text.partition("@")
+    if reason := repo_id_problem(repo_id):
+        raise InputError(
+            [
+                Problem(
+                    what=f"`{name}` is {text!r}, which is neither a folder nor a repository on the Hub.",
+                    why=f"There is no such folder in {str(workspace.root)!r}; as the name of a repository, {reason}.",
+                    fix="Check the path, or write `owner/name` or `owner/name@revision`.",
+                )
+            ]
+        )
+    if at and (reason := revision_problem(revision)):
+        raise InputError(
+            [
+                Problem(
+                    what=f"`{name}` is {text!r}, whose revision {revision!r} cannot exist.",
+                    why=f"As a revision, {reason}.",
+                    fix="Write a branch, a tag or a commit after the `@`.",
+                )
+            ]
+        )
+    return RepoRef(repo_id=repo_id, revision=revision or None)
+
+
+def _folder(name: str, text: str, workspace: Workspace) -> Path:
+    path = workspace.locate(name, text)
+    if path.is_dir():
+        workspace.check_links(name, path)
+        return path
+    found = "a file" if path.exists() else "missing"
+    raise InputError(
+        [
+            Problem(
+                what=f"`{name}` is {text!r}, which is {found}.",
+                why=f"A folder is needed, and it was looked for at {str(path)!r}.",
+                fix="Give the folder that holds the files; for a repository on the Hub write `owner/name`.",
+            )
+        ]
+    )
