@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from runner.errors import CheckpointError
-from runner.limits import Evaluation
+from runner.inputs.limits import Evaluation
 from runner.verify import continuations
 from runner.verify.case import Case, open_case
 from runner.verify.comparison import Comparison
