@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 
 from runner.verify.alternatives import Gauge
@@ -81,7 +82,7 @@ class Comparison:
         self.base_squared += block.base_squared
         self.moved_squared += block.moved_squared
         self.changed += block.changed
-        self.errors = [mine + more for mine, more in zip(self.errors, block.errors, strict=True)]
+        self.errors = list(map(operator.add, self.errors, block.errors))
         self.gauge.add(block.gauge)
         self.bad_rows.extend(block.bad_rows[: MAX_BAD_ROWS - len(self.bad_rows)])
         self.bad_row_count += block.bad_row_count

@@ -24,7 +24,6 @@ from runner.verify.tensors import (
     read_rows,
     round_to,
     row_blocks,
-    row_count,
     rows_of,
     same_bits,
     ulp,
@@ -91,6 +90,7 @@ def _compare_rows(
     wanted = exact.rows(start, stop)
     result.elements = wanted.numel()
     stored = stored.view(wanted.shape)
+    result.gauge.look(stored)
     _compare_block(result, info, exact, start, wanted, stored, chance)
     if start == 0:
         _count_errors(result, info.dtype, wanted, stored)
@@ -139,21 +139,20 @@ def is_right(
         dtype: of the output, as safetensors spells it.
         chance: the draws, where values are rounded by chance.
     """
-    if chance is not None:
-        noise = exact.noise(start, start + row_count(tuple(wanted.shape)), output_is_float32=dtype == "F32")
+    return _hold_against(found, exact, start, wanted, dtype, chance)[0]
+
+
+def _hold_against(
+    found: torch.Tensor, exact: Exact, start: int, wanted: torch.Tensor, dtype: str, chance: Chance | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `is_right` of the same arguments, and the distance from E in units in the last place."""
+    error, half = (found - wanted).abs_(), ulp(wanted, dtype).mul_(0.5)  # in float64, as E is
+    noise = exact.noise(start, start + len(wanted), output_is_float32=dtype == "F32")
+    if chance is None:
+        right = error <= half + noise
+    else:
         right = chance.accepts(found, wanted, noise, dtype, first_index(wanted, start))
-        return right | (torch.isnan(wanted) & torch.isnan(found))
-    error = (found.double() - wanted).abs()
-    return _is_within(error, exact, start, wanted, 0.5 * ulp(wanted, dtype), dtype) | (
-        torch.isnan(wanted) & torch.isnan(found)
-    )
-
-
-def _is_within(
-    error: torch.Tensor, exact: Exact, start: int, wanted: torch.Tensor, half: torch.Tensor, dtype: str
-) -> torch.Tensor:
-    noise = exact.noise(start, start + row_count(tuple(wanted.shape)), output_is_float32=dtype == "F32")
-    return error <= half + noise
+    return right | (torch.isnan(wanted) & torch.isnan(found)), error.div_(half).mul_(0.5)
 
 
 def rounded_rows(wanted: torch.Tensor, start: int, dtype: str, chance: Chance | None) -> torch.Tensor:
@@ -165,7 +164,7 @@ def rounded_rows(wanted: torch.Tensor, start: int, dtype: str, chance: Chance | 
 
 def first_index(rows: torch.Tensor, start: int) -> int:
     """Return the index in the whole tensor of the first element of `rows`, which begin at row `start`."""
-    return start * (rows.numel() // max(1, row_count(tuple(rows.shape))))
+    return start * rows[0].numel()
 
 
 def _compare_block(  # noqa: PLR0917 (what there is to know of one block)
@@ -182,12 +181,7 @@ def _compare_block(  # noqa: PLR0917 (what there is to know of one block)
     differs = ~same_bits(rounded, stored, info.dtype)
     if not bool(differs.any()):
         return
-    error, half = stored.double().sub_(wanted).abs_(), ulp(wanted, info.dtype).mul_(0.5)
-    if chance is None:
-        right = _is_within(error, exact, start, wanted, half, info.dtype) | (torch.isnan(wanted) & torch.isnan(stored))
-    else:
-        right = is_right(stored, exact, start, wanted, info.dtype, chance)
-    distance = error.div_(half).mul_(0.5)
+    right, distance = _hold_against(stored, exact, start, wanted, info.dtype, chance)
     _record(result, info, start, _Block(bad=differs & ~right, expected=rounded, found=stored, ulps=distance))
 
 
@@ -197,6 +191,7 @@ def _compare_cast(result: Comparison, found: Stored, base: Stored, start: int, s
         bad, distance = (_raw(source) != _raw(stored)).any(dim=-1), (source.double() - stored.double()).abs()
         _record(result, found.info, start, _Block(bad=bad, expected=source, found=stored, ulps=distance))
         return
+    result.gauge.look(stored)
     if found.info.dtype == base.info.dtype:
         rounded = source  # by way of float64, a NaN may come back with other bits
         bad = ~same_bits(source, stored, found.info.dtype)
@@ -232,8 +227,7 @@ def _record(result: Comparison, info: TensorInfo, start: int, block: _Block) -> 
     result.bad_rows.extend(start + row for row in rows[: MAX_BAD_ROWS - len(result.bad_rows)])
     result.bad_row_count += len(rows)
     ulps = block.ulps.nan_to_num(nan=torch.inf)
-    # +1 so that a violation of distance 0 (a flipped sign of zero) is still above what is masked out.
-    flat = int(torch.where(block.bad, ulps + 1, torch.zeros_like(ulps)).argmax())
+    flat = int(ulps.masked_fill(~block.bad, -torch.inf).argmax())  # a flipped sign of zero is bad at distance 0
     distance = float(ulps.flatten()[flat])
     if result.worst is None or distance > result.worst.ulps:
         index = [int(i) for i in torch.unravel_index(torch.tensor(flat), ulps.shape)]
@@ -261,7 +255,6 @@ def _measure_delta(result: Comparison, wanted: torch.Tensor, stored: torch.Tenso
     base = base.double()
     delta = (wanted - base).float().flatten()
     result.gauge.measure(wanted, base, delta)
-    result.gauge.look(stored)
     kept = stored.double().sub_(base).float().flatten()
     result.changed += int(torch.count_nonzero(stored != plain))
     result.kept += float(torch.dot(kept, delta))

@@ -57,14 +57,14 @@ class ExactLowRank:
         self._a = a.double()
         self._b = b.double()
         self._scaling = scaling
-        self._last: tuple[int, int, torch.Tensor] | None = None  # the block that `noise` is asked for next
+        self._last: dict[tuple[int, int], torch.Tensor] = {}  # the block that `noise` is asked for next
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Return rows of E in float64; not to be changed in place."""
         made = torch.addmm(
             self._base(start, stop).double().view(stop - start, -1), self._b[start:stop], self._a, alpha=self._scaling
         )
-        self._last = (start, stop, made)
+        self._last = {(start, stop): made}
         return made
 
     def delta_of_rounded_factors(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
@@ -77,8 +77,8 @@ class ExactLowRank:
         rank = self._a.shape[0]
         bound = (min(rank, 8 * math.sqrt(rank)) + 2) * abs(self._scaling) * (self._b[start:stop].abs() @ self._a.abs())
         if not output_is_float32:
-            known = self._last is not None and self._last[:2] == (start, stop)
-            bound += (self._last[2] if known and self._last is not None else self.rows(start, stop)).abs()
+            last = self._last.get((start, stop))
+            bound += (self.rows(start, stop) if last is None else last).abs()
         return UNIT * bound
 
 

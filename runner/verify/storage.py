@@ -10,7 +10,7 @@ from runner.verify.alternatives import Gauge, alternatives
 from runner.verify.chance import Chance
 from runner.verify.comparison import Comparison, Deviation
 from runner.verify.elements import RightBlocks, Stored, compare_touched, compare_untouched, same_exact
-from runner.verify.exact import ExactStored
+from runner.verify.exact import Exact, ExactStored
 from runner.verify.figures import Alternative
 from runner.verify.models import LOAD_ERRORS, first_line
 from runner.verify.sources import Sources
@@ -159,20 +159,22 @@ def judge_storage(result: Storage, targets: Targets, unmerged: Unmerged) -> tupl
             )
         )
     else:
-        checks.append(_check("the adapter's change is in the files", *_missing_change(result)))
+        missing = _missing_change(result)
+        checks.append(_check("the adapter's change is in the files", missing, bool(missing)))
     return tuple(checks)
 
 
-def _missing_change(result: Storage) -> tuple[str, int]:
-    """Return what is wrong with a merge that equals its base, and 1; or "" and 0."""
-    if result.brings_new or result.changed or not result.comparisons:  # what is not there is structure's to tell
-        return "", 0
+def _missing_change(result: Storage) -> str:
+    """Return what is wrong with a merge that equals its base, or ""."""
+    if result.brings_new or not result.comparisons:  # what is not there is structure's to tell
+        return ""
     if not result.has_delta:
-        return "The adapter changes no weight of this base, so that there is nothing to release", 1
+        return "The adapter changes no weight of this base, so that there is nothing to release"
+    if result.changed:
+        return ""
     return (
         f"Not one of {sum(found.elements for found in result.comparisons.values())} elements differs from the base's: "
-        "either the adapter was never applied, or its change is lost in this dtype and `dtype: float32` would keep it",
-        1,
+        "either the adapter was never applied, or its change is lost in this dtype and `dtype: float32` would keep it"
     )
 
 
@@ -202,9 +204,7 @@ def _compare(
             return
         base = target.same_shape_base
         outcome = compare_touched(found, exact, base, chance, right)
-        is_nearest = chance is None or (base is not None and found.info.dtype == base.info.dtype)
-        is_still = outcome.delta_squared == 0.0 and base is not None and is_nearest
-        if base is not None and is_still and same_exact(exact, ExactStored(base.root, base.info)):
+        if base is not None and outcome.delta_squared == 0.0 and _is_still(found, base, exact, chance):
             # The adapter has no effect here (B = 0, an unchanged bias), so the bytes must be the base's.
             strict = compare_untouched(found, base)
             result.untouched.add(strict)
@@ -217,6 +217,12 @@ def _compare(
         result.dtypes.add(found.info.dtype)
     if outcome.new_non_finite:
         result.non_finite[name] = outcome.new_non_finite
+
+
+def _is_still(found: Stored, base: Stored, exact: Exact, chance: Chance | None) -> bool:
+    """Return whether E is the base's tensor, and its elements have but one right value in the output dtype."""
+    has_one_value = chance is None or found.info.dtype == base.info.dtype
+    return has_one_value and same_exact(exact, ExactStored(base.root, base.info))
 
 
 def _deviations(tally: Tally) -> str:

@@ -49,6 +49,7 @@ def base(tmp_path: Path) -> Path:
             ["tie_word_embeddings is true, expected false"],
         ),
         ({"x": True}, {"x": False}, {"may_untie": True}, ["x is false, expected true"]),
+        ({"x": ""}, {"x": "y" * 200}, {}, [f'x is "{"y" * 79}, expected ""']),  # 80 characters at most
         ({"quantization_config": {}}, {}, {}, []),
         ({"quantization_config": {}}, {"quantization_config": 1}, {}, ["quantization_config is 1, expected {}"]),
         ({}, {"quantization_config": 1}, {}, ["quantization_config is 1, expected absent"]),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from runner.verify.exact import ExactFromPeft, ExactLowRank, ExactShift
+from runner.checkpoint.layout import SINGLE_FILE, read_checkpoint
+from runner.verify.exact import ExactFromPeft, ExactLowRank, ExactShift, low_rank
+from runner.verify.recipe import LowRank
 
 U = 2.0**-24
 
@@ -72,3 +76,22 @@ def test_the_bound_of_what_peft_merges_is_measured(shape: tuple[int, ...], floor
     for start in range(stop):
         assert torch.equal(made.rows(start, stop), rows[start:])
         assert torch.equal(made.noise(start, stop, output_is_float32=is_float32), wanted[start:])
+
+
+@pytest.mark.parametrize("is_embedding, flip", [(False, False), (True, False), (False, True)])
+def test_the_product_lies_as_the_weight_does(tmp_path: Path, is_embedding: bool, flip: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    a, b = torch.randn(2, 5, generator=generator), torch.randn(7, 2, generator=generator)
+    save_file({"a": a, "b": b}, tmp_path / SINGLE_FILE)
+    product = (b.double() @ a.double()).T if is_embedding or flip else b.double() @ a.double()
+    shape = (int(product.shape[0]), int(product.shape[1]))
+    base = torch.randn(shape, generator=generator)
+
+    exact = low_rank(
+        LowRank(a="a", b="b", scaling=1.5, rank=2, is_embedding=is_embedding, replaced_base=None),
+        adapter=tmp_path, tensors=dict(read_checkpoint(tmp_path).tensors), shape=shape, flip=flip,
+        base=lambda start, stop: base[start:stop],
+    )  # fmt: skip
+
+    assert exact.shape == shape
+    assert torch.allclose(exact.rows(1, 4), (base.double() + 1.5 * product)[1:4], rtol=1e-14)

@@ -11,13 +11,18 @@ import pytest
 import torch
 
 from runner.checkpoint.layout import read_checkpoint
+from runner.inputs.rounding import STOCHASTIC, Rounding
+from runner.merge.job import merge
+from runner.merge.prepare import prepare
 from runner.verify.case import Case, open_case
+from runner.verify.comparison import Comparison
 from runner.verify.storage import Storage, compare_storage, judge_storage
+from runner.verify.tensors import read_tensor
 from runner.verify.verdict import Check, Outcome
 from tests.verify.conftest import Maker
 from tests.verify.faults import changed, rewrite
 from tests.verify.merges import save_merge
-from tests.verify.tiny import lora, save_adapter
+from tests.verify.tiny import lora, save_adapter, save_base
 
 Copier = Callable[[Path], Path]
 LAST = "the adapter's change is in the files"
@@ -91,7 +96,11 @@ def test_a_right_merge(right_merge: Maker, open_: Callable[[Path, Path], Case]) 
     assert shares == sorted(shares)
     assert shares[0] == pytest.approx(1 / len(shares))
     assert shares[-1] == 1.0
+    tensors = read_checkpoint(merged).tensors
+    rest = [read_tensor(merged, info).abs().max() for name, info in tensors.items() if name not in names]
+    assert storage.rest.largest == float(max(rest))
     assert _failures(case, storage) == {}
+    assert {check.value for check in judge_storage(storage, case.targets, case.unmerged)} == {0.0}
 
 
 def test_the_worst_of_all_touched_tensors_is_told(
@@ -193,11 +202,12 @@ def test_an_adapter_without_effect(bases: dict[str, Path], tmp_path: Path, copy_
         assert storage.touched.tensors == 0  # where nothing is added, the bytes must be the base's
         assert list(_failures(case, storage)) == [LAST]
         assert "changes no weight of this base" in _failures(case, storage)[LAST].detail
+        assert _failures(case, storage)[LAST].value == 1.0
         name = case.targets.touched[0].stored
         damaged = copy_of(merged)
         _set(damaged, name, 3.0)
         failures = _failures(case, _compare(case, damaged))
-    assert list(failures) == ["untouched tensors are the base's"]
+    assert list(failures) == ["untouched tensors are the base's", LAST]
     assert f"the worst: {name}" in failures["untouched tensors are the base's"].detail
 
 
@@ -239,3 +249,36 @@ def test_a_tensor_of_the_adapter_without_a_place_fails(right_merge: Maker, open_
     failed = [check for check in checks if check.outcome is Outcome.FAIL]
     assert [(check.name, check.value) for check in failed] == [("every adapter tensor is used", 2.0)]
     assert failed[0].detail == "The adapter tensor 'x' fits nothing in the base; PEFT leaves it out (and 1 more)."
+
+
+def test_a_cast_by_chance_is_no_change_of_the_adapters(right_merge: Maker, open_: Callable[[Path, Path], Case]) -> None:
+    base, adapter, _ = right_merge("lora")
+    moved = Comparison(elements=9, changed=5)
+    assert list(_failures(open_(base, adapter), Storage(comparisons={"a": moved}))) == [LAST]
+    moved.delta_squared = 0.25
+    assert _failures(open_(base, adapter), Storage(comparisons={"a": moved})) == {}
+
+
+@pytest.mark.parametrize("is_cast", [False, True])
+def test_by_chance_what_the_adapter_leaves_alone_is_the_base_or_a_draw_of_it(
+    bases: dict[str, Path], tmp_path: Path, is_cast: bool
+) -> None:
+    """Where the base has the output's dtype there is nothing to draw; where it is cast, every element is drawn."""
+    base = save_base(tmp_path / "base", "llama", dtype=torch.float32) if is_cast else bases["llama"]
+    adapter = save_adapter(tmp_path / "adapter", base, lora(target_modules=["q_proj"]))
+    still = "model.layers.1.self_attn.q_proj"
+    rewrite(
+        adapter, "adapter_model.safetensors", lambda tensors: tensors[f"base_model.model.{still}.lora_B.weight"].zero_()
+    )
+    rounding, merged = Rounding(kind=STOCHASTIC, seed=1), tmp_path / "merged"
+    merge(prepare(base, adapter, dtype="bfloat16", rounding=rounding), into=merged)
+    with open_case(base, adapter, dtype="bfloat16", rounding=rounding) as case:
+        storage = _compare(case, merged)
+        assert (storage.touched.tensors, len(storage.comparisons)) == (2 if is_cast else 1, 2)
+        assert (storage.comparisons[f"{still}.weight"].changed > 100) is is_cast
+        assert _failures(case, storage) == {}
+        _set(merged, f"{still}.weight", 3.0)
+        (failure,) = _failures(case, _compare(case, merged))
+    assert failure == (
+        "touched elements are the exact sum, rounded once" if is_cast else "untouched tensors are the base's"
+    )

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from runner.checkpoint.layout import build_header, read_tensor_file
 from runner.errors import BrokenCheckpoint, UnsupportedCheckpoint
-from runner.verify.tensors import read_bytes, read_rows
+from runner.verify.tensors import BLOCK_ELEMENTS, read_bytes, read_rows, row_blocks
 
 
 def test_a_file_that_shrinks_while_it_is_judged_is_an_error(tmp_path: Path) -> None:
@@ -31,3 +31,22 @@ def test_quantised_values_are_not_compared(tmp_path: Path) -> None:
 
     with pytest.raises(UnsupportedCheckpoint, match="'a' is stored as F8_E8M0"):
         read_rows(tmp_path, tensor, 0, 4)
+
+
+@pytest.mark.parametrize(
+    "shape, blocks",
+    [
+        ((), [(0, 1)]),
+        ((BLOCK_ELEMENTS,), [(0, BLOCK_ELEMENTS)]),
+        ((BLOCK_ELEMENTS + 1,), [(0, BLOCK_ELEMENTS), (BLOCK_ELEMENTS, BLOCK_ELEMENTS + 1)]),
+        ((5, BLOCK_ELEMENTS // 2), [(0, 2), (2, 4), (4, 5)]),
+        ((3, BLOCK_ELEMENTS // 4, 2), [(0, 2), (2, 3)]),
+        ((2, 3 * BLOCK_ELEMENTS), [(0, 1), (1, 2)]),  # no row is divided
+        ((3, 0), [(0, 3)]),
+        ((0, 3), []),
+    ],
+)
+def test_a_block_is_as_many_rows_as_the_memory_is_planned_for(
+    shape: tuple[int, ...], blocks: list[tuple[int, int]]
+) -> None:
+    assert list(row_blocks(shape)) == blocks
