@@ -122,7 +122,7 @@ class Mutator:
         self._run_all(session)
         by = _in_child(None, self._items, timeout_s=None)
         if by != ALIVE[0]:  # it would be taken for the killer of every mutant
-            raise session.Failed(f"{by} fails without any mutant when it is run once more, or in another order")
+            pytest.exit(f"{by} fails without any mutant when it is run once more, or in another order", returncode=1)
         for number, mutant in enumerate(self._todo):
             if time.monotonic() > self._until:
                 break
@@ -143,7 +143,7 @@ class Mutator:
             coverage.switch_context(item.nodeid)
             started = time.monotonic()
             if any(report.failed for report in runtestprotocol(item, nextitem=following, log=False)):
-                raise session.Failed(f"{item.nodeid} fails without any mutant")
+                pytest.exit(f"{item.nodeid} fails without any mutant", returncode=1)
             self._took_s[item.nodeid] = time.monotonic() - started
         coverage.stop()
         self._items = sorted(items, key=lambda item: self._took_s[item.nodeid])
