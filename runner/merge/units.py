@@ -247,7 +247,8 @@ def _check_source(attached: Attached, key: str, change: Change) -> None:
                 f"The adapter changes {name or key!r}, which the base "
                 + (f"stores as {info.dtype}." if info else "does not store."),
                 why="Only BF16, F16 and F32 weights are merged exactly.",
-                fix="Set `base-model` to the 16-bit model that it was made from.",
+                fix="Set `base-model` to the 16-bit model that it was made from. If it is a counter, leave the "
+                "module that has it out of `modules_to_save`.",
             )
 
 

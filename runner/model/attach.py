@@ -35,7 +35,7 @@ from runner.model.base_model import Base, open_base
 from runner.model.combined import combine
 from runner.model.expert_packing import as_peft_packs
 from runner.model.forms import first_line
-from runner.model.placed import check_copies, is_repeated, repeats, replaced, untrained, widen
+from runner.model.placed import check_copies, is_repeated, mark, repeats, replaced, untrained, widen
 
 ADAPTER_NAME = "default"
 
@@ -110,7 +110,7 @@ def attach(
     stored = model.state_dict()  # not the buffers that no checkpoint holds, such as Gemma's scale of its embeddings
     buffers = {key: tensor for key, tensor in model.named_buffers() if key in stored}
     parameters = {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
-    before = {key: (tensor.data_ptr(), tensor._version) for key, tensor in parameters.items()}
+    before = {key: mark(tensor) for key, tensor in parameters.items()}
     namings = [name_adapter(model, one.config, one.tensors) for one in adapters]
     if combination is None:
         peft_model = _wrap(model, _peft_config(adapter, namings[0]), adapter, ADAPTER_NAME)

@@ -100,9 +100,17 @@ def widen(peft_model: PeftModel, placed: Mapping[str, torch.Tensor]) -> None:
         target.data = tensor.to(torch.float32, copy=True)
 
 
+def mark(tensor: torch.Tensor) -> tuple[int, int | bytes]:
+    """Return what is another once somebody has given the tensor other values: where it lies, and its version.
+
+    Of integers it is their content: loading into a batch norm writes its counter, with the value that it has.
+    """
+    return tensor.data_ptr(), tensor._version if tensor.is_floating_point() else tensor.numpy().tobytes()
+
+
 def replaced(
     parameters: Mapping[str, torch.Tensor],
-    before: Mapping[str, tuple[int, int]],
+    before: Mapping[str, tuple[int, int | bytes]],
     peft_model: PeftModel,
     placed: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
@@ -110,7 +118,7 @@ def replaced(
 
     Args:
         parameters: of the base, by state-dict key.
-        before: (data pointer, version) of each, before PEFT came.
+        before: the `mark` of each, before PEFT came.
         peft_model: with the adapter.
         placed: what was loaded, by key of the PEFT model.
     """
@@ -119,7 +127,7 @@ def replaced(
     for key, parameter in parameters.items():
         if id(parameter) in by_id:
             found[key] = by_id[id(parameter)]
-        elif (parameter.data_ptr(), parameter._version) != before[key]:
+        elif mark(parameter) != before[key]:
             found[key] = parameter.data
     return found
 

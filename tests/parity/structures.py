@@ -202,6 +202,12 @@ MEDIA_MODELS: Mapping[str, Mapping[str, Any]] = {
     },
     "ViTForImageClassification": {**VISION, "num_labels": 3},
     "Dinov2Model": VISION,
+    # Its batch norm has a counter of integers, which loading any adapter writes.
+    "SegformerForSemanticSegmentation": {
+        "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32], "patch_sizes": [7, 3],
+        "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2], "decoder_hidden_size": 48,
+        "num_labels": 3, "image_size": 32,
+    },
 }  # fmt: skip
 
 

@@ -146,7 +146,7 @@ def test_every_architecture_is_merged_as_peft_merges_it_and_judged(name: str, tm
     before, after = oracle.read_folder(base), oracle.read_folder(merged.root)
     assert plan.index is not None
     assert after.keys() == before.keys()
-    assert [key for key in after if not _same_bits(after[key], expected[key].to(case.dtype))] == []
+    assert [key for key in after if not _same_bits(after[key], expected[key].to(before[key].dtype))] == []
     assert any(not _same_bits(after[key], before[key]) for key in after)
     verdict = judge(base=base, adapter=adapter, merged=merged.root, dtype="auto")
     assert verdict.failures == ()
