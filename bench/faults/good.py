@@ -54,13 +54,13 @@ def judge_good(base: Path, adapter: Path, dtype: str, right: Path, has: Has, add
         merge(prepare(base, adapter, dtype=dtype), into=right)
     blocks: RightBlocks = {}
     with open_case(base, adapter, dtype=dtype) as case:
-        if probes:
-            add({**key, "kind": "semantics", **_probe(case)})
         case.sources.keeps_units = True
         for run in runs:
             entry = {**key, "kind": _name(run), **_run(case, right, run, blocks)}
             add(entry)
             print(f"{entry['verdict']:<12} {adapter.name} {dtype} {entry['kind']}", flush=True)
+        if probes:
+            add({**key, "kind": "semantics", **_probe(case)})
 
 
 def _name(run: tuple[int, int, str, int]) -> str:
