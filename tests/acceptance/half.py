@@ -35,7 +35,8 @@ class Half:
         """Publish with one process for each job, all at once, and return their exit codes.
 
         Args:
-            jobs: each with endpoint, token, repo_id, tag, folder, adapter (a digest), xet, home and result (a path).
+            jobs: each with endpoint, token, repo_id, tag, folder, adapter (a digest), xet, home and result (a path);
+                and `is_staged`, if it is to go by way of a staging branch.
             kill_after_s: send SIGKILL to all of them after so long.
         """
         stdin, stdout = self.process.stdin, self.process.stdout
@@ -119,7 +120,7 @@ def _publish(job: Mapping[str, Any]) -> int:
         origin=origin(job["adapter"]),
     )
     try:
-        release = world.publish(repo_id=job["repo_id"], tag=job["tag"])
+        release = world.publish(repo_id=job["repo_id"], tag=job["tag"], is_staged=job.get("is_staged", False))
     except RunnerError as error:
         told = {"family": type(error).__name__, "what": error.problem.what, "why": error.problem.why}
         Path(job["result"]).write_text(json.dumps(told))
