@@ -151,12 +151,22 @@ class Mutator:
             self._tests[module] = coverage.get_data().contexts_by_lineno(str(path_of(module)))
 
     def _concerned(self, mutant: Mutant) -> list[pytest.Item]:
-        """Return the tests that run a line of the mutant's statement, the quickest first, within the limit."""
+        """Return the tests that run a line of the mutant's statement, the quickest first, within the limit.
+
+        What a fixture of a module runs is on record as run by the first of its tests; it concerns them all.
+        """
         lines = self._tests[mutant.module]
         names = {name for line in range(mutant.first_line, mutant.last_line + 1) for name in lines.get(line, ())}
-        concerned = [item for item in self._items if item.nodeid in names]
+        shared = {fixture for item in self._items if item.nodeid in names for fixture in _module_fixtures(item)}
+        concerned = [item for item in self._items if item.nodeid in names or _module_fixtures(item) & shared]
         sums_s = accumulate(self._took_s[item.nodeid] for item in concerned)
         return [item for item, sum_s in zip(concerned, sums_s, strict=True) if sum_s <= self._limit_s]
+
+
+def _module_fixtures(item: Any) -> set[tuple[str, str]]:
+    """Return the fixtures that a test shares with others of its file."""
+    found = item._fixtureinfo.name2fixturedefs
+    return {(item.nodeid.partition("::")[0], name) for name in found if found[name][-1].scope == "module"}
 
 
 def _in_child(mutant: Mutant | None, items: Sequence[pytest.Item], *, timeout_s: float | None) -> str:
