@@ -158,7 +158,7 @@ def _stopped(models: Models, questions: Questions, problem: str) -> Check:
     """Return what it says that a model did not run: nothing of the folder, where the base does not run either."""
     stream = Stream(origins=(models.base,), device=models.device)
     try:
-        for _ in stream.results(_tasks(models, questions.compared[:1])):
+        for _ in stream.results(_tasks(models, questions.sequences)):
             pass
     except LOAD_ERRORS as error:
         return Check(

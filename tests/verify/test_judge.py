@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from runner.errors import CheckpointError
-from runner.inputs.limits import Evaluation
-from runner.verify import continuations
+from runner.inputs.limits import TOLERANCES, Evaluation
+from runner.verify import continuations, modules, outputs, wrapped
 from runner.verify.case import Case, open_case
 from runner.verify.comparison import Comparison
-from runner.verify.judge import LOSS, MIN_RETENTION, READABLE, _retention, judge, judge_merge
+from runner.verify.judge import GATES, LOSS, MIN_RETENTION, READABLE, _retention, judge, judge_merge
 from runner.verify.storage import Storage
-from runner.verify.verdict import Check, Layer, Outcome, Status, Verdict
+from runner.verify.verdict import Cause, Check, Layer, Outcome, Status, Verdict
 from tests.verify.conftest import Maker
 from tests.verify.merges import save_merge
 from tests.verify.tiny import lora, save_adapter
@@ -100,6 +100,15 @@ def test_what_is_measured_is_in_the_verdict(told: Told) -> None:
     assert all(row.tensor.removesuffix(".weight").endswith(row.name[-12:]) for row in told.verdict.modules)
 
 
+def test_the_limits_are_those_that_are_documented() -> None:
+    assert GATES == (Layer.STRUCTURE, Layer.STORAGE, Layer.SEMANTICS, Layer.END_TO_END)
+    assert {"semantics": modules.LIMIT, "end-to-end": outputs.LIMIT} == {"semantics": 1e-6, "end-to-end": 1e-4}
+    assert dict(TOLERANCES) == {"semantics": 1e-6, "end-to-end": 1e-4}
+    assert (MIN_RETENTION, outputs.NO_POWER, outputs.BEYOND_DOUBT) == (0.9, 1e-3, 1e-2)
+    assert modules.PROBES == wrapped.PROBES == 4
+    assert modules.MAX_ROWS >= 1024
+
+
 def test_its_time_is_told(told: Told) -> None:
     assert 0.5 * told.wall_s < told.verdict.wall_s <= told.wall_s
 
@@ -140,6 +149,13 @@ def test_without_the_models_it_says_so(case: Case, right_merge: Maker) -> None:
         )
     ]
     assert 0.0 < verdict.wall_s <= time.monotonic() - start
+
+
+def test_a_failed_verdict_is_explained_and_another_is_not(case: Case, right_merge: Maker) -> None:
+    failed = judge_merge(case, case.base.root, end_to_end=False)
+    assert failed.status is Status.FAIL
+    assert [found.kind for found in failed.diagnoses] == [Cause.NOT_APPLIED]
+    assert judge_merge(case, right_merge("lora")[2], end_to_end=False).diagnoses == ()
 
 
 def test_a_folder_without_weights_fails_in_an_open_case(case: Case, tmp_path: Path) -> None:

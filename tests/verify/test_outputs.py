@@ -15,8 +15,9 @@ import torch
 from peft import LoraConfig
 from transformers import T5Config, T5ForConditionalGeneration
 
+from runner.verify import outputs
 from runner.verify.case import Case, open_case
-from runner.verify.forward import Errors
+from runner.verify.forward import Errors, outputs_of
 from runner.verify.judge import judge
 from runner.verify.loader import Loaded
 from runner.verify.outputs import (
@@ -30,7 +31,7 @@ from runner.verify.outputs import (
     _power,
     judge_outputs,
 )
-from runner.verify.prompts import Questions, make_questions
+from runner.verify.prompts import Questions, TokenSequence, make_questions
 from runner.verify.targets import Target, Targets
 from runner.verify.verdict import Check, Layer, Outcome, Status
 from tests.parity import models
@@ -249,6 +250,20 @@ def test_where_the_base_does_not_run_either_nothing_is_verified(right_merge: Mak
     (check,) = [check for check in verdict.checks if check.outcome is Outcome.SKIPPED]
     assert (check.layer, check.name) == (Layer.END_TO_END, RUNS)
     assert check.detail.startswith("The base itself does not run on what the judge can give it: ")
+
+
+def test_a_single_prompt_that_stops_the_base_is_not_the_folders_fault(
+    case: Case, right_merge: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stumbling(model: Any, sequence: TokenSequence, device: str) -> torch.Tensor:
+        if sequence.label == "random ids 4":
+            raise ValueError("too random")
+        return outputs_of(model, sequence, device)
+
+    monkeypatch.setattr(outputs, "outputs_of", stumbling)
+    found, checks = _judge(case, right_merge("lora")[2])
+    assert [check.outcome for check in found.checks] == [Outcome.PASS, Outcome.SKIPPED]
+    assert checks[RUNS].detail == "The base itself does not run on what the judge can give it: too random"
 
 
 def test_a_model_that_reads_one_text_and_writes_another_has_no_loss_on_the_one(open_: Opener, tmp_path: Path) -> None:
