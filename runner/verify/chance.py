@@ -62,13 +62,14 @@ class Chance:
             dtype: of the output, as safetensors spells it.
             start: index of the first element in the tensor.
         """
+        sums = (exact - noise, exact + noise)
         if self.seed is None:
             lowest, highest = torch.zeros_like(exact), torch.full_like(exact, 1 - _WHOLE)
             # Towards zero and away from it: which of the two is the smaller one depends on the sign.
-            ends = [_neighbour(exact + side * noise, r, dtype) for side in (-1, 1) for r in (lowest, highest)]
+            ends = [_neighbour(end, r, dtype) for end in sums for r in (lowest, highest)]
         else:
             drawn = self.draws(start, exact.numel()).view(exact.shape)
-            ends = [_neighbour(exact + side * noise, drawn, dtype) for side in (-1, 1)]
+            ends = [_neighbour(end, drawn, dtype) for end in sums]
         stacked = torch.stack([round_to(end, dtype).double() for end in ends])
         value = found.double()
         return (value >= stacked.amin(dim=0)) & (value <= stacked.amax(dim=0))

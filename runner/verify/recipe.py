@@ -170,7 +170,7 @@ def _is_plain(config: Mapping[str, Any], others: Sequence[str], module: str) -> 
     return (
         config.get("peft_type") == "LORA"
         and not any(config.get(field) for field in _VARIANTS)
-        and config.get("init_lora_weights", True) in _PLAIN_INITS
+        and config.get("init_lora_weights") in _PLAIN_INITS
         and not extra
     )
 

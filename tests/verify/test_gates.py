@@ -12,7 +12,7 @@ from runner.inputs.limits import FIGURES, Limits, QualityLimit, Tolerance
 from runner.verify.figures import Perplexity, TaskScore
 from runner.verify.gates import figure, loosen, quality_checks
 from runner.verify.judge import GATES, decide, judge
-from runner.verify.verdict import Check, Layer, Outcome, Quality, Status
+from runner.verify.verdict import Check, Layer, Outcome, Quality, Status, Verdict
 
 QUALITY = Quality(
     retention=0.95, effect=0.5, effect_error=0.02, effect_retention=0.97, kl_mean_nats=1e-3, kl_p99_nats=1e-2,
@@ -30,7 +30,13 @@ def _check(value: float, layer: Layer = Layer.END_TO_END) -> Check:
 
 @pytest.mark.parametrize(
     "value, outcome",
-    [(1e-5, Outcome.PASS), (5e-4, Outcome.WARN), (2e-3, Outcome.FAIL), (math.nan, Outcome.FAIL)],
+    [
+        (1e-5, Outcome.PASS),
+        (5e-4, Outcome.WARN),
+        (1e-3, Outcome.WARN),
+        (math.nextafter(1e-3, 1), Outcome.FAIL),
+        (math.nan, Outcome.FAIL),
+    ],
 )
 def test_a_tolerance_moves_the_limit_of_its_layer_and_says_so(value: float, outcome: Outcome) -> None:
     (check,) = loosen([_check(value)], LOOSER)
@@ -62,6 +68,17 @@ def test_every_figure_gates_on_both_sides_of_its_limit(name: str) -> None:
     assert check.outcome is Outcome.FAIL
 
 
+def test_figures_that_are_made_of_others() -> None:
+    assert figure(QUALITY, "nll-increase-nats") == 0.25
+    assert figure(QUALITY, "perplexity-ratio") == 1.25
+    assert figure(QUALITY, "task-drop") == 0.25
+    assert figure(QUALITY, "kl-p99-nats") == 1e-2
+    assert figure(replace(QUALITY, nll_merged_nats=None), "nll-increase-nats") is None
+    assert figure(replace(QUALITY, nll_unmerged_nats=None), "nll-increase-nats") is None
+    assert figure(replace(QUALITY, perplexity=None), "perplexity-ratio") is None
+    assert figure(replace(QUALITY, tasks=()), "task-drop") is None
+
+
 def test_a_figure_that_was_not_measured_is_no_pass() -> None:
     limits = Limits(quality=(QualityLimit(figure="kl-mean-nats", limit=1.0),))
     passes = [Check(layer=layer, name="x", outcome=Outcome.PASS) for layer in GATES]
@@ -69,6 +86,19 @@ def test_a_figure_that_was_not_measured_is_no_pass() -> None:
         checks = quality_checks(quality, limits)
         assert [check.outcome for check in checks] == [Outcome.SKIPPED]
         assert decide([*passes, *checks]) is Status.NOT_VERIFIED
+
+
+@pytest.mark.parametrize(
+    "layers, is_only", [((), False), ((Layer.QUALITY,), True), ((Layer.QUALITY, Layer.STORAGE), False)]
+)
+def test_what_fails_but_for_its_quality_is_told_apart(layers: tuple[Layer, ...], is_only: bool) -> None:
+    passed = Check(layer=Layer.STORAGE, name="x", outcome=Outcome.PASS)
+    failed = [Check(layer=layer, name="x", outcome=Outcome.FAIL) for layer in layers]
+    verdict = Verdict(
+        status=Status.FAIL, checks=(passed, *failed), modules=(), quality=None, continuations=(), seed=0, wall_s=0.0
+    )
+    assert verdict.failures == tuple(failed)
+    assert verdict.fails_quality_only is is_only
 
 
 def test_the_judge_holds_a_weak_merge_against_the_limit_and_the_verdict_says_what_failed(
