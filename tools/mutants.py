@@ -42,11 +42,14 @@ ALIVE = ("survived", "not run")  # no test fails; no test runs the line
 # report says or shows changes, never whether the folder passes.
 CLASSES = ("equivalent", "speed", "stricter", "words")
 # The gates: what decides whether a folder passes.
-MODULES = ("judge", "storage", "elements", "comparison", "exact", "tensors", "modules", "structure", "outputs", "case")
+MODULES = (
+    "judge", "storage", "elements", "comparison", "exact", "tensors", "modules", "structure", "outputs", "case",
+    "blueprint", "chance", "combined", "experts", "fused", "gates", "recipe", "sources", "targets", "verdict",
+)  # fmt: skip
 TESTS = (
-    "alternatives", "case", "comparison", "config_rules", "diagnosis", "doubt", "elements", "exact", "gates", "judge",
-    "modules", "outputs", "rounding", "semantics", "storage", "stream_judge", "structure", "tensors", "verdict",
-    "wrong_merges",
+    "alternatives", "case", "chance", "comparison", "config_rules", "diagnosis", "doubt", "elements", "exact",
+    "experts", "gates", "judge", "modules", "outputs", "recipe", "rounding", "semantics", "storage", "stream_judge",
+    "structure", "targets", "tensors", "verdict", "wrong_merges", "unit/test_rounding",
 )  # fmt: skip
 
 Result = dict[str, Any]
@@ -56,7 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return pytest's exit code."""
     parser = argparse.ArgumentParser(prog="python -m tools.mutants", description=__doc__.splitlines()[0])
     parser.add_argument("--modules", nargs="+", default=list(MODULES), choices=MODULES)
-    parser.add_argument("--tests", nargs="+", default=list(TESTS), help="of tests/verify, without `test_` and `.py`")
+    parser.add_argument(
+        "--tests",
+        nargs="+",
+        default=list(TESTS),
+        help="of tests/verify, without `test_` and `.py`; or below tests, without `.py`",
+    )
     parser.add_argument("--again", action="store_true", help="run unexplained survivors once more, too")
     parser.add_argument("--all", action="store_true", help="run all of them once more")
     parser.add_argument("--seconds", type=float, default=1e9, help="for each mutant no more tests than take this long")
@@ -73,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     todo = [m for m in wanted if options.all or m.name not in known or (options.again and _is_open(known[m.name]))]
     plugin = Mutator(todo, options.file, until=time.monotonic() + 60 * options.minutes, limit_s=options.seconds)
-    tests = [str(ROOT / "tests" / "verify" / f"test_{name}.py") for name in options.tests]
+    places = [name if "/" in name else f"verify/test_{name}" for name in options.tests]
+    tests = [str(ROOT / "tests" / f"{place}.py") for place in places]
     return int(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:warnings", *tests], plugins=[plugin]))
 
 

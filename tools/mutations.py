@@ -61,8 +61,11 @@ def mutants(module: str) -> Iterator[Mutant]:
     tree = ast.parse(text)
     for name, function in _functions(tree, ""):
         heads = dict(_heads(function))
+        silent = {
+            id(part) for one in _nodes(function) if isinstance(one, ast.AnnAssign) for part in ast.walk(one.annotation)
+        }
         for number, node in enumerate(_nodes(function)):
-            for change in _changes(node):
+            for change in _changes(node) if id(node) not in silent else ():
                 line: int = getattr(node, "lineno", 0)
                 first, last = heads[node]
                 code = " ".join(line.strip() for line in lines[first - 1 : last])
