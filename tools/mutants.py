@@ -41,15 +41,15 @@ ALIVE = ("survived", "not run")  # no test fails; no test runs the line
 # Why a mutant may survive: no behaviour differs; only time and memory do; the judge only gets stricter; only what a
 # report says or shows changes, never whether the folder passes.
 CLASSES = ("equivalent", "speed", "stricter", "words")
-# The gates: what decides whether a folder passes.
+# What decides whether a folder passes: the gates, and what they hold it against.
 MODULES = (
     "judge", "storage", "elements", "comparison", "exact", "tensors", "modules", "structure", "outputs", "case",
-    "blueprint", "chance", "combined", "experts", "fused", "gates", "recipe", "sources", "targets", "verdict",
+    "chance", "experts", "gates", "recipe", "targets", "verdict",
 )  # fmt: skip
 TESTS = (
     "alternatives", "case", "chance", "comparison", "config_rules", "diagnosis", "doubt", "elements", "exact",
     "experts", "gates", "judge", "modules", "outputs", "recipe", "rounding", "semantics", "storage", "stream_judge",
-    "structure", "targets", "tensors", "verdict", "wrong_merges", "unit/test_rounding",
+    "structure", "targets", "tensors", "verdict", "wrong_merges", "parity/test_expert_layouts", "unit/test_rounding",
 )  # fmt: skip
 
 Result = dict[str, Any]

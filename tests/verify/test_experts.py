@@ -18,22 +18,36 @@ from runner.verify.case import open_case
 from runner.verify.elements import Stored
 from runner.verify.exact import UNIT, ExactLowRank
 from runner.verify.experts import ExactExperts, ExpertRule, factors
+from runner.verify.fused import ExactConverted
 from runner.verify.recipe import Recipe
 from tests.parity import models, oracle, structures
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-Built = tuple[Callable[[], PreTrainedModel], dict[str, Any]]
+Built = tuple[Callable[[], PreTrainedModel], dict[str, Any], type]  # the last: how E of an expert is made
 CASES: dict[str, Built] = {
-    "mixtral": (models.mixtral, {"target_parameters": BOTH, "target_modules": ["q_proj"]}),
-    "mixtral, the router too": (models.mixtral, {"target_parameters": [*BOTH, "mlp.gate.weight"], "use_rslora": True}),
-    "qwen3": (partial(structures.build, "Qwen3MoeForCausalLM"), {"target_parameters": BOTH[1:]}),
-    "gpt-oss": (partial(structures.build, "GptOssForCausalLM"), {"target_parameters": BOTH, "lora_alpha": 3}),
+    "mixtral": (models.mixtral, {"target_parameters": BOTH, "target_modules": ["q_proj"]}, ExactLowRank),
+    "mixtral, the router too": (
+        models.mixtral,
+        {"target_parameters": [*BOTH, "mlp.gate.weight"], "use_rslora": True},
+        ExactLowRank,
+    ),
+    "mixtral, whole experts": (
+        models.mixtral,
+        {"modules_to_save": ["experts"], "target_modules": ["q_proj"]},
+        ExactConverted,
+    ),
+    "qwen3": (partial(structures.build, "Qwen3MoeForCausalLM"), {"target_parameters": BOTH[1:]}, ExactLowRank),
+    "gpt-oss": (
+        partial(structures.build, "GptOssForCausalLM"),
+        {"target_parameters": BOTH, "lora_alpha": 3},
+        ExactExperts,
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_expert_is_what_peft_merges_within_the_bound(name: str, tmp_path: Path) -> None:
-    build, fields = CASES[name]
+    build, fields, kind = CASES[name]
     base = models.save_base(build(), tmp_path / "base", dtype=torch.bfloat16)
     config = LoraConfig(**{"r": 3, "lora_alpha": 8, "target_modules": [], "task_type": "CAUSAL_LM", **fields})
     adapter = models.save_adapter(base, tmp_path / "adapter", config)
@@ -57,8 +71,7 @@ def test_every_expert_is_what_peft_merges_within_the_bound(name: str, tmp_path: 
             assert bool((single <= half).all())
             assert torch.allclose(exact.rows(1, 3), rows[1:3], rtol=0.0, atol=1e-13)
             assert torch.allclose(exact.noise(1, 3, output_is_float32=False), half[1:3], rtol=1e-12, atol=0.0)
-            if "experts" in target.stored:  # in closed form
-                assert isinstance(exact, ExactExperts if name == "gpt-oss" else ExactLowRank)
+            assert "experts" not in target.stored or type(exact) is kind
             if isinstance(exact, ExactExperts):
                 assert bool((half - single - UNIT * rows.abs() < 1e-12).all())
         for key in case.sources.keys:

@@ -99,6 +99,8 @@ def test_what_fails_but_for_its_quality_is_told_apart(layers: tuple[Layer, ...],
     )
     assert verdict.failures == tuple(failed)
     assert verdict.fails_quality_only is is_only
+    passing = [status for status in Status if replace(verdict, status=status).passed]
+    assert passing == [Status.PASS, Status.PASS_LOSSY]
 
 
 def test_the_judge_holds_a_weak_merge_against_the_limit_and_the_verdict_says_what_failed(
