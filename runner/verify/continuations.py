@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig
 
 from runner.verify.forward import has_decoder
-from runner.verify.models import quiet
+from runner.verify.models import LOAD_ERRORS, first_line, quiet
 from runner.verify.places import put
 from runner.verify.prompts import Questions
 from runner.verify.stream import Origin, Stream, Task, on_device
@@ -28,12 +28,21 @@ READ_PARAMETERS = 12_000_000_000  # that are read again and again for all new to
 
 
 def continue_texts(models: Models, questions: Questions) -> tuple[tuple[Continuation, ...], tuple[Check, ...]]:
-    """Return the continuations, and, where there are none, a check that says why."""
+    """Return the continuations, and, where there are none, a check that says why: they gate nothing."""
+    try:
+        return _continued(models, questions)
+    except LOAD_ERRORS as error:
+        return (), (_left_out(f"transformers cannot continue a text with this model: {first_line(error)}."),)
+
+
+def _continued(models: Models, questions: Questions) -> tuple[tuple[Continuation, ...], tuple[Check, ...]]:
     parameters = sum(parameter.numel() for parameter in models.loaded.model.parameters())
     is_small = 4 * parameters <= _room_bytes(models.device)
     tokens = NEW_TOKENS if is_small else min(NEW_TOKENS, READ_PARAMETERS // parameters)
     if tokens < FEWEST_TOKENS:
-        return (), (_left_out(parameters),)
+        size = f"{parameters / 1e9:.1f} billion parameters"
+        why = f"The model has {size}, and every new token would read them all from disk again."
+        return (), (_left_out(why),)
     generate = partial(_generate, questions=questions, tokens=tokens, device=models.device)
     made: dict[str, list[str]] = {}
     if is_small:
@@ -81,11 +90,10 @@ def _generate(model: Any, *, questions: Questions, tokens: int, device: str) -> 
     return [questions.text(row) for row in torch.as_tensor(whole)[:, start:].cpu()]
 
 
-def _left_out(parameters: int) -> Check:
+def _left_out(why: str) -> Check:
     return Check(
         layer=Layer.QUALITY,
         name="texts were continued",
         outcome=Outcome.SKIPPED,
-        detail=f"The model has {parameters / 1e9:.1f} billion parameters, and every new token would read them all "
-        "from disk again. Continuations gate nothing.",
+        detail=f"{why} Continuations gate nothing.",
     )

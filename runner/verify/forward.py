@@ -37,11 +37,11 @@ def has_decoder(model: Any) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False)) and "decoder_input_ids" in takes
 
 
-def outputs_of(model: Any, sequence: TokenSequence, device: str) -> torch.Tensor:
+def outputs_of(model: Any, sequence: TokenSequence, device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Return what the model computes for one sequence: float32 on the CPU, shape (rows, width).
 
     A speech model writes the sequence to sounds that are random; a model that reads no text at all is given sounds or
-    pictures, others for each sequence.
+    pictures, others for each sequence, in `dtype`, which is what the model computes in.
 
     Rows are positions where the model has an output for each, or one row for a label of the whole sequence.
     """
@@ -56,7 +56,7 @@ def outputs_of(model: Any, sequence: TokenSequence, device: str) -> torch.Tensor
             inputs["decoder_input_ids"] = ids
     media = read_media(model, seed=int(sequence.ids.sum()))
     if media:
-        inputs |= {name: values.to(device) for name, values in media.items()}
+        inputs |= {name: values.to(device, dtype) for name, values in media.items()}
     else:
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     takes = inspect.signature(model.forward).parameters

@@ -153,10 +153,15 @@ def load_folder(root: Path, wanted: Any = None, **options: Any) -> Loaded:
 
 
 def _fill_buffers(model: PreTrainedModel) -> None:
-    """Give the buffers that no file holds (rotary frequencies, masks) their values, as `from_pretrained` does."""
+    """Give the buffers that no file holds (rotary frequencies, masks) their values, as `from_pretrained` does.
+
+    The module that has a buffer fills it, or one that it is in (Falcon-H1's multipliers).
+    """
     for key, _ in model.named_non_persistent_buffers():
-        module, _ = place_of(model, key)
-        module.__dict__.pop("_is_hf_initialized", None)  # set while it was on the meta device, where nothing is filled
+        parts = key.split(".")[:-1]
+        for count in range(len(parts) + 1):
+            module = model.get_submodule(".".join(parts[:count]))
+            module.__dict__.pop("_is_hf_initialized", None)  # set on the meta device, where nothing is filled
     model._move_missing_keys_from_meta_to_device(set(), {"": "cpu"}, None, None)
     model._initialize_missing_keys(False)
 

@@ -26,7 +26,7 @@ LOAD_ERRORS = (
     OSError,
     ValueError,
     RuntimeError,
-    KeyError,
+    LookupError,
     TypeError,
     AttributeError,
     ImportError,

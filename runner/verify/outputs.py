@@ -149,8 +149,9 @@ def _look_twice(models: Models, questions: Questions, found: _Found) -> None:
     if not places:
         return
     sequences = [questions.sequences[found.numbers[place]] for place in places]
-    stream = Stream(origins=(models.base, models.merged("exact")), device=models.device, dtype=torch.float64)
-    for number, made in stream.results(_tasks(models, sequences)):
+    dtype = torch.float64
+    stream = Stream(origins=(models.base, models.merged("exact")), device=models.device, dtype=dtype)
+    for number, made in stream.results(_tasks(models, sequences, dtype)):
         found.exact.replace(places[number], made["unmerged"], made["exact"])
 
 
@@ -180,10 +181,10 @@ def _rounded(models: Models, questions: Questions) -> Check:
     return _claim(ROUNDED, errors, models.filling.misplaced)
 
 
-def _tasks(models: Models, sequences: Sequence[TokenSequence]) -> list[Task]:
+def _tasks(models: Models, sequences: Sequence[TokenSequence], dtype: torch.dtype = torch.float32) -> list[Task]:
     return [
-        Task(compute=partial(outputs_of, sequence=sequence, device=models.device), tokens=len(sequence.ids))
-        for sequence in sequences
+        Task(compute=partial(outputs_of, sequence=one, device=models.device, dtype=dtype), tokens=len(one.ids))
+        for one in sequences
     ]
 
 

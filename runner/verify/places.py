@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,15 +20,44 @@ def place_of(model: nn.Module, key: str) -> Place:
     return model.get_submodule(path), name
 
 
-@contextmanager
-def emptied(places: Mapping[str, Place]) -> Iterator[None]:
-    """Have no values in these places for as long as this lasts: float32 on the meta device.
+class Absent(nn.Parameter):
+    """A parameter or buffer without values, which says of itself that it is on the device that computes.
 
-    Code that looks at a parameter's dtype sees the one that is computed with; code that uses its values fails.
+    Models ask for that before they call the module that has it: `ids.to(self.embed_tokens.weight.device)`. Everything
+    else is done on the meta device, where using its values fails.
     """
-    held = {key: value_at(place) for key, place in places.items()}
-    floats = {key: torch.float32 if tensor.is_floating_point() else tensor.dtype for key, tensor in held.items()}
-    with put(places, {key: torch.empty(held[key].shape, dtype=floats[key], device="meta") for key in held}):
+
+    device_told: torch.device
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Answer the question for the device; let torch do the rest."""
+        del types
+        if func == _DEVICE:
+            return args[0].device_told
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+_DEVICE = torch.Tensor.device.__get__
+
+
+@contextmanager
+def emptied(places: Mapping[str, Place], device: str, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Have no values in these places for as long as this lasts: floats in `dtype`, see `Absent`.
+
+    Code that looks at a parameter's dtype or device sees those that are computed with; code that uses its values fails.
+    """
+    absent: dict[str, Absent] = {}
+    for key, place in places.items():
+        held = value_at(place)
+        kind = dtype if held.is_floating_point() else held.dtype
+        empty = Absent(torch.empty(held.shape, dtype=kind, device="meta"), requires_grad=False)
+        empty.device_told = torch.device(device)
+        absent[key] = empty
+    with put(places, absent):
         yield
 
 
@@ -39,7 +68,8 @@ def put(places: Mapping[str, Place], values: Mapping[str, torch.Tensor]) -> Iter
     for key, value in values.items():
         module, name = places[key]
         if name in module._parameters:
-            module._parameters[name] = nn.Parameter(value, requires_grad=False)
+            made = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+            module._parameters[name] = made
         else:
             module._buffers[name] = value
     try:

@@ -128,7 +128,7 @@ class Stream:
             stack.callback(torch.set_num_threads, threads)
             forwards = {}
             for variant in self.variants:
-                stack.enter_context(emptied(variant.places))
+                stack.enter_context(emptied(variant.places, self.device, self.dtype))
             for model in models:
                 outside = (module for path, module in model.named_modules() if not _is_inside(path, self._stages))
                 stack.enter_context(on_device(outside, self.device))
@@ -193,6 +193,8 @@ class Stream:
                     for key in (key for key in keys if key[1] == variant.name):
                         call = waiting[key]
                         while call is not None and call.path == path:
+                            if any(_is_empty(given) for given in (*call.args, *call.kwargs.values())):
+                                raise RuntimeError(f"{path} is given a tensor on the meta device")
                             call = runs[key].advance(forward(*call.args, **call.kwargs))
                         waiting[key] = call
             values.clear()  # before the next origin is read
@@ -255,6 +257,10 @@ def _is_inside(path: str, stages: Sequence[str]) -> bool:
     return any(not stage or path == stage or path.startswith(f"{stage}.") for stage in stages)
 
 
+def _is_empty(given: Any) -> bool:
+    return isinstance(given, torch.Tensor) and given.is_meta  # torch computes nonsense from some of these, silently
+
+
 def _is_at(call: Call | None, path: str) -> bool:
     return call is not None and call.path == path
 
@@ -268,14 +274,14 @@ def on_device(modules: Iterable[nn.Module], device: str, dtype: torch.dtype = to
     parameters, buffers = [], []
     for module in modules:
         for parameter in module._parameters.values():
-            if parameter is None or parameter.device.type == "meta":
+            if parameter is None or parameter.is_meta:
                 continue
             wanted = dtype if parameter.dtype == torch.float32 else parameter.dtype
             if (parameter.device.type, parameter.dtype) != (device, wanted):
                 parameters.append((parameter, parameter.data))
                 parameter.data = parameter.data.to(device, wanted)
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device.type not in ("meta", device):
+            if buffer is not None and not buffer.is_meta and buffer.device.type != device:
                 buffers.append((module, name, buffer))
                 module._buffers[name] = buffer.to(device)
     try:

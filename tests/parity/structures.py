@@ -74,6 +74,14 @@ TEXT_MODELS: Mapping[str, Mapping[str, Any]] = {
     "Qwen3MoeForCausalLM": {
         **HEAD, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "tie_word_embeddings": False,
     },
+    "FalconH1ForCausalLM": {
+        **TEXT, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8,
+        "tie_word_embeddings": False,
+    },
+    "Llama4ForCausalLM": {
+        **HEAD, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 40,
+        "interleave_moe_layer_step": 2, "tie_word_embeddings": False,
+    },
     "GptOssForCausalLM": {**HEAD, "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False},
     "Qwen3NextForCausalLM": {
         **HEAD, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "num_experts": 4,
@@ -164,6 +172,11 @@ _BERT: Mapping[str, Any] = {
 ENCODER_DECODERS: Mapping[str, Mapping[str, Any]] = {
     "T5ForConditionalGeneration": _T5,
     "UMT5ForConditionalGeneration": {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    # With more decoder layers than encoder layers transformers runs it, and fails to continue a text with it.
+    "SwitchTransformersForConditionalGeneration": {
+        **_T5, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
+        "num_decoder_layers": 3,
+    },
     "BartForConditionalGeneration": _BART,
     "M2M100ForConditionalGeneration": _BART,
     "PegasusForConditionalGeneration": _BART,

@@ -38,6 +38,8 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TARGETS = {
     "MixtralForCausalLM": ATTENTION,
     "Qwen3MoeForCausalLM": ATTENTION,
+    "Llama4ForCausalLM": ATTENTION,
+    "FalconH1ForCausalLM": [*ATTENTION, "in_proj"],
     "Qwen3NextForCausalLM": [*ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj"],
     "MambaForCausalLM": ["in_proj", "x_proj", "dt_proj"],
     "Mamba2ForCausalLM": ["in_proj"],
@@ -151,6 +153,19 @@ def test_every_architecture_is_merged_as_peft_merges_it_and_judged(name: str, tm
     verdict = judge(base=base, adapter=adapter, merged=merged.root, dtype="auto")
     assert verdict.failures == ()
     assert verdict.status is Status.PASS
+
+
+def test_a_model_that_continues_no_text_is_judged_without(tmp_path: Path) -> None:
+    name = "SwitchTransformersForConditionalGeneration"
+    base = models.save_base(structures.build(name), tmp_path / "base", dtype=torch.bfloat16)
+    adapter = models.save_adapter(base, tmp_path / "adapter", CASES[name].config)
+    _, merged = run_merge(base, adapter, tmp_path / "merged")
+
+    verdict = judge(base=base, adapter=adapter, merged=merged.root, dtype="auto")
+
+    assert verdict.status is Status.PASS
+    (left_out,) = (check for check in verdict.checks if check.outcome is Outcome.SKIPPED)
+    assert "cannot continue a text with this model: list index out of range" in left_out.detail
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -255,10 +255,10 @@ def test_where_the_base_does_not_run_either_nothing_is_verified(right_merge: Mak
 def test_a_single_prompt_that_stops_the_base_is_not_the_folders_fault(
     case: Case, right_merge: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stumbling(model: Any, sequence: TokenSequence, device: str) -> torch.Tensor:
+    def stumbling(model: Any, sequence: TokenSequence, device: str, dtype: torch.dtype) -> torch.Tensor:
         if sequence.label == "random ids 4":
             raise ValueError("too random")
-        return outputs_of(model, sequence, device)
+        return outputs_of(model, sequence, device, dtype)
 
     monkeypatch.setattr(outputs, "outputs_of", stumbling)
     found, checks = _judge(case, right_merge("lora")[2])

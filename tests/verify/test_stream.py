@@ -49,19 +49,22 @@ ENCODERS: Mapping[str, Mapping[str, Any]] = {
         "vocab_size": VOCAB, "embedding_size": 16, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3,
         "num_attention_heads": 4, "max_position_embeddings": 64,
     },
+    "SiglipVisionModel": structures.VISION,  # asks for the dtype of a weight before the stage that has it
 }  # fmt: skip
 ARCHITECTURES = (
     "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "Gemma2ForCausalLM",
     "Gemma3ForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM", "GptOssForCausalLM", "GPT2LMHeadModel",
     "PhiForCausalLM", "StableLmForCausalLM", "GPTNeoXForCausalLM", "FalconForCausalLM", "Cohere2ForCausalLM",
-    "OPTForCausalLM", "MambaForCausalLM", *ENCODERS,
+    "OPTForCausalLM", "MambaForCausalLM", "FalconH1ForCausalLM", "Llama4ForCausalLM", *ENCODERS,
 )  # fmt: skip
 ONE_STAGE = ("BartForConditionalGeneration",)  # a stored buffer of its own beside the layers
 TARGETS: Mapping[str, Any] = {
     "MixtralForCausalLM": ["q_proj", "v_proj"],
     "Qwen3MoeForCausalLM": ["q_proj", "v_proj"],
     "GptOssForCausalLM": ["q_proj", "v_proj"],
+    "Llama4ForCausalLM": ["q_proj", "v_proj"],
     "MambaForCausalLM": ["in_proj", "x_proj"],
+    "FalconH1ForCausalLM": ["q_proj", "in_proj"],
 }
 
 
@@ -170,6 +173,20 @@ def test_gives_the_bits_of_the_model_in_memory(architecture: str, tmp_path: Path
         assert not torch.equal(one["base"], one["merged"])
 
 
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "SiglipVisionModel"])
+def test_computes_in_float64_where_that_is_wanted(architecture: str, tmp_path: Path) -> None:
+    world = _world(tmp_path, architecture)
+    whole = model_class(world.base).from_pretrained(world.base, dtype=torch.float32).eval().double()
+    models = _models(world)
+    sequence = world.sequences[0]
+    task = Task(compute=lambda model: outputs_of(model, sequence, "cpu", torch.float64), tokens=5)
+    stream = Stream(origins=(models.base,), device="cpu", dtype=torch.float64)
+    ((_, found),) = stream.results([task])
+    with torch.no_grad():
+        assert torch.equal(found["base"], task.compute(whole))
+        assert not torch.equal(found["base"], outputs_of(whole.float(), sequence, "cpu"))
+
+
 def test_a_model_that_looks_into_its_stages_is_taken_whole(tmp_path: Path, monkeypatch: Any) -> None:
     world = _world(tmp_path, "LlamaForCausalLM")
     wanted = _streamed(world)
@@ -181,7 +198,24 @@ def test_a_model_that_looks_into_its_stages_is_taken_whole(tmp_path: Path, monke
         return outputs
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", functools.wraps(forward)(looking))
+    _is_taken_whole(_models(world), world, wanted)
+
+
+def test_a_stage_that_is_given_a_tensor_without_values_is_taken_whole(tmp_path: Path) -> None:
+    world = _world(tmp_path, "LlamaForCausalLM")
+    wanted = _streamed(world)
     models = _models(world)
+    for variant in models.base.variants:
+        layer = variant.model.model.layers[0].mlp.up_proj
+
+        def move(_: Any, given: tuple[torch.Tensor], layer: Any = layer) -> tuple[torch.Tensor]:
+            return (given[0].to(layer.weight.data.device),)
+
+        variant.model.get_input_embeddings().register_forward_pre_hook(move)
+    _is_taken_whole(models, world, wanted)
+
+
+def _is_taken_whole(models: Models, world: World, wanted: list[dict[str, torch.Tensor]]) -> None:
     stream = Stream(origins=(models.base,), device="cpu")
     found = dict(stream.results(_tasks(world)))
     assert stream.whole
