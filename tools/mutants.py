@@ -44,13 +44,13 @@ CLASSES = ("equivalent", "speed", "stricter", "words")
 # What decides whether a folder passes: the gates, and what they hold it against.
 MODULES = (
     "judge", "storage", "elements", "comparison", "exact", "tensors", "modules", "structure", "outputs", "case",
-    "chance", "experts", "fused", "gates", "recipe", "targets", "verdict",
+    "chance", "experts", "filling", "forward", "fused", "gates", "recipe", "targets", "verdict", "wrapped",
 )  # fmt: skip
 TESTS = (
     "alternatives", "case", "chance", "comparison", "config_rules", "diagnosis", "doubt", "elements", "exact",
-    "experts", "fused", "gates", "judge", "modules", "outputs", "recipe", "rounding", "semantics", "storage",
-    "stream_judge", "structure", "targets", "tensors", "verdict", "wrong_merges", "parity/test_expert_layouts",
-    "parity/test_old_experts", "unit/test_rounding",
+    "experts", "filling", "forward", "fused", "gates", "judge", "modules", "outputs", "recipe", "rounding",
+    "semantics", "storage", "stream_judge", "structure", "targets", "tensors", "verdict", "wrong_merges",
+    "parity/test_expert_layouts", "parity/test_old_experts", "unit/test_rounding",
 )  # fmt: skip
 
 Result = dict[str, Any]

@@ -34,7 +34,7 @@ def generates(model: Any) -> bool:
 def has_decoder(model: Any) -> bool:
     """Return whether the model reads one text and writes another."""
     takes = inspect.signature(model.forward).parameters
-    return bool(getattr(model.config, "is_encoder_decoder", False)) and "decoder_input_ids" in takes
+    return bool(model.config.is_encoder_decoder) and "decoder_input_ids" in takes
 
 
 def outputs_of(model: Any, sequence: TokenSequence, device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:

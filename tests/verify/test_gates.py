@@ -55,6 +55,22 @@ def test_a_tolerance_touches_nothing_else() -> None:
     assert loosen(others, Limits()) == others
 
 
+def test_a_value_at_the_loosened_limit_is_let_through() -> None:
+    (check,) = loosen([_check(1e-3)], LOOSER)
+    assert (check.outcome, check.value, check.limit) == (Outcome.WARN, 1e-3, 1e-3)
+
+
+def test_a_figure_is_of_the_merged_model_beside_the_unmerged() -> None:
+    assert figure(QUALITY, "nll-increase-nats") == 0.25
+    assert figure(QUALITY, "perplexity-ratio") == 1.25
+    assert figure(QUALITY, "task-drop") == 0.25
+    assert figure(QUALITY, "top1-agreement") == 0.99
+    for lacking in (replace(QUALITY, nll_merged_nats=None), replace(QUALITY, nll_unmerged_nats=None)):
+        assert figure(lacking, "nll-increase-nats") is None
+    assert figure(replace(QUALITY, perplexity=None), "perplexity-ratio") is None
+    assert figure(replace(QUALITY, tasks=()), "task-drop") is None
+
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_gates_on_both_sides_of_its_limit(name: str) -> None:
     value = figure(QUALITY, name)

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from runner.verify import modules, tensors
 from runner.verify.exact import Exact
+from runner.verify.experts import wrappers
 from runner.verify.fused import ExactValue
 from runner.verify.models import bare
 from runner.verify.modules import LIMIT, PROBES, Probe, probe_modules
@@ -275,22 +276,66 @@ def test_a_saved_module_is_equal_in_every_element() -> None:
     assert (found.error, found.detail) == (None, "a saved module that the adapter brings in parts")
 
 
-def test_a_parameter_that_peft_changes_in_place_is_named() -> None:
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(2, 3, 4))
+# ---- parameters that PEFT changes in place
 
-    unit = _unit(Experts(), target_modules=[], target_parameters=[f"{NAME}.weight"])
-    wrapper = cast("Any", unit)
-    left, right, scaling = wrapper.get_delta_factors("default")
-    exact = wrapper.get_param().detach().double() + scaling * (left.double() @ right.double())
 
-    found = _probe(unit, exact)
-    assert found.error is not None
-    assert found.error <= RIGHT
-    exact[1] = exact[0]
-    found = _probe(unit, exact)
-    assert found.error is not None
-    assert found.error > 0.1
-    assert found.detail == "The parameter is inner.weight."
+class _Experts(nn.Module):
+    def __init__(self, up: torch.Tensor, down: torch.Tensor) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(up), nn.Parameter(down)
+
+
+def _experts(up: torch.Tensor, down: torch.Tensor | None = None, **fields: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a unit whose parameters PEFT changes, stacks of one matrix for each expert, and E of each."""
+    down = torch.zeros_like(up) if down is None else down
+    unit = _unit(
+        _Experts(up, down), target_modules=[], target_parameters=[f"{NAME}.up", f"{NAME}.down"], **fields
+    )  # fmt: skip
+    exact: dict[str, Any] = {}
+    for name, wrapper, _ in wrappers(unit):
+        left, right, scaling = wrapper.get_delta_factors("default")
+        exact[name] = wrapper.get_param().detach().double() + scaling * (left.double() @ right.double())
+    assert exact.keys() == {"up", "down"}
+    return unit, exact
+
+
+def test_the_worst_parameter_that_peft_changes_in_place_is_named() -> None:
+    unit, exact = _experts(torch.randn(2, 3, 4), torch.randn(2, 4, 3))
+    assert _error(unit, **exact) <= RIGHT
+    for name in exact:
+        wrong = exact | {name: exact[name].flip(0)}  # each expert is the other
+        found = _probe(unit, **wrong)
+        assert found.error is not None
+        assert found.error > 0.1
+        assert found.detail == f"The parameter is inner.{name}."
+
+
+def test_a_factor_of_an_experts_change_is_its_error() -> None:
+    up = torch.randn(2, 3, 4)
+    unit, exact = _experts(up, torch.randn(2, 4, 3))
+    wrong = exact | {"up": up.double() + 1.02 * (exact["up"] - up.double())}
+    assert _error(unit, **wrong) == pytest.approx(0.02, rel=1e-6)
+    wrong = exact | {"up": up.double() + (exact["up"] - up.double()).roll(1, dims=2)}  # inputs change places
+    assert _error(unit, **wrong) > 0.1
+
+
+def test_an_expert_that_nothing_changes_is_held_against_its_matrices() -> None:
+    # Four probes of ±1 on matrices of one element: ‖Mx‖ = 2·√(3² + 4²), and one that is off by d is 2·d away.
+    up = torch.tensor([3.0, 4.0]).view(2, 1, 1)
+    unit, exact = _experts(up, up.clone(), r=1, init_lora_weights=True)
+    assert _probe(unit, **exact) == Probe(module=NAME, error=0.0)
+    for off in (0.5, 2.0**-30):
+        wrong = exact | {"up": exact["up"] + torch.tensor([0.0, off]).view(2, 1, 1)}
+        assert _error(unit, **wrong) == pytest.approx(2 * off / (1e-8 * 10.0), rel=1e-12)
+
+
+@pytest.mark.parametrize("off", [0.25, 0.5])
+def test_experts_of_zeros_have_no_error_or_an_infinite_one(off: float) -> None:
+    unit, exact = _experts(torch.zeros(2, 1, 1), r=1, init_lora_weights=True)
+    assert _probe(unit, **exact) == Probe(module=NAME, error=0.0)
+    assert _error(unit, **(exact | {"down": torch.tensor([0.0, off]).view(2, 1, 1)})) == math.inf
+
+
+def test_an_expert_that_is_no_number_is_no_small_error() -> None:
+    unit, exact = _experts(torch.randn(2, 3, 4), torch.randn(2, 4, 3))
+    assert not _error(unit, **(exact | {"up": exact["up"] * torch.nan})) <= LIMIT

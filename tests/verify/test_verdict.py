@@ -8,7 +8,7 @@ import pytest
 
 from runner.verify.judge import GATES, LOSS, decide
 from runner.verify.prompts import CHATS, TEXTS, make_questions
-from runner.verify.verdict import Check, Layer, Outcome, Status
+from runner.verify.verdict import Check, Layer, Outcome, Status, Verdict
 from tests.verify.tiny import VOCABULARY, tokenizer
 
 
@@ -42,6 +42,34 @@ def test_a_lossy_dtype_is_told_apart() -> None:
     lossy = Check(layer=Layer.QUALITY, name=LOSS, outcome=Outcome.WARN)
     assert decide([*_all(), lossy]) is Status.PASS_LOSSY
     assert decide([*_all()[1:], lossy]) is Status.NOT_VERIFIED
+
+
+def _verdict(status: Status, *checks: Check) -> Verdict:
+    return Verdict(
+        status=status, checks=checks, modules=(), quality=None, continuations=(), seed=0, wall_s=1.0
+    )  # fmt: skip
+
+
+def test_only_a_pass_may_be_published() -> None:
+    assert {status for status in Status if _verdict(status).passed} == {Status.PASS, Status.PASS_LOSSY}
+
+
+def test_a_verdict_tells_its_failures_from_the_rest() -> None:
+    passed, skipped, warned = (
+        Check(layer=Layer.STORAGE, name="x", outcome=outcome)
+        for outcome in (Outcome.PASS, Outcome.SKIPPED, Outcome.WARN)
+    )
+    quality = Check(layer=Layer.QUALITY, name="x", outcome=Outcome.FAIL)
+    storage = Check(layer=Layer.STORAGE, name="x", outcome=Outcome.FAIL)
+    loose = Check(layer=Layer.SEMANTICS, name="x", outcome=Outcome.WARN, limit=1e-3, loosened_from=1e-6)
+    found = _verdict(Status.FAIL, passed, quality, skipped, storage, warned, loose)
+    assert found.failures == (quality, storage)
+    assert found.loosened == (loose,)
+    assert found.loosened_text == "semantics from 1e-06 to 0.001"
+    assert [
+        _verdict(Status.FAIL, *checks).fails_quality_only
+        for checks in ((quality, passed), (quality, storage), (storage,), (passed,), ())
+    ] == [True, False, False, False, False]
 
 
 def test_asks_texts_chats_and_random_ids_and_the_users_prompts_first(tmp_path: Path) -> None:
