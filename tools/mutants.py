@@ -49,8 +49,8 @@ MODULES = (
 TESTS = (
     "alternatives", "case", "chance", "comparison", "config_rules", "diagnosis", "doubt", "elements", "exact",
     "experts", "filling", "forward", "fused", "gates", "judge", "modules", "outputs", "recipe", "rounding",
-    "semantics", "storage", "stream_judge", "structure", "targets", "tensors", "verdict", "wrong_merges",
-    "parity/test_expert_layouts", "parity/test_old_experts", "unit/test_rounding",
+    "semantics", "storage", "stream_judge", "structure", "targets", "tensors", "verdict", "wrapped",
+    "wrong_merges", "parity/test_expert_layouts", "parity/test_old_experts", "unit/test_rounding",
 )  # fmt: skip
 
 Result = dict[str, Any]
