@@ -61,7 +61,8 @@ def test_a_run_that_is_cancelled_ends_long_before_it_is_killed(phase: str, stage
     assert title in [f"The run was cancelled in the phase `{name}`." for name in phases]
     assert "was cancelled in the phase" in result.summary
     assert result.cancelled_s is not None
-    assert result.cancelled_s < 5  # four, and what the engine takes; the worker is gone with the container
+    # Four seconds, and what the engine takes on a busy machine; before the runner sends SIGTERM, in any case.
+    assert result.cancelled_s < 7
     repo = stage.hub.repo(REPO)
     assert repo is None or not repo.tags
     assert list(stage.runner.temp.glob("lora-merge-*")) == []
