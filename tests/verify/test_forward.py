@@ -177,3 +177,12 @@ def test_doubt_is_above_the_lower_bound_and_up_to_the_upper_one() -> None:
         assert errors.between(0.25, 0.5) == []
         errors.replace(4, torch.tensor([[1.0, -1.0]]), torch.tensor([[3.0, -3.0]]))
         assert errors.worst() == (2.0, "text 4")
+
+
+def test_logits_that_are_all_the_same_have_no_room_for_an_error() -> None:
+    flat = torch.full((2, 5), 3.0)
+    errors = Errors(is_language=True)
+    errors.add(flat, flat + 1.0, "shifted, which changes no probability")
+    assert errors.worst() == (0.0, "")
+    errors.add(flat, flat + torch.arange(5), "other")
+    assert errors.worst() == (math.inf, "other")
