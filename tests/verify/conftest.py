@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ import torch
 from transformers.utils import logging as chatter
 
 from runner.verify import continuations
+from runner.verify.case import Case, open_case
 from tests.verify.merges import save_merge
 from tests.verify.tiny import BASES, lora, save_adapter, save_base
 from tests.verify.variants import VARIANTS
 
 Maker = Callable[..., tuple[Path, Path, Path]]
+Opener = Callable[..., Case]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -75,3 +78,17 @@ def weak(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tu
     root = tmp_path_factory.mktemp("weak")
     adapter = save_adapter(root / "adapter", bases["llama"], lora(target_modules="all-linear"), strength=0.02)
     return bases["llama"], adapter, save_merge(root / "merged", bases["llama"], adapter)
+
+
+@pytest.fixture(scope="module")
+def open_() -> Iterator[Opener]:
+    """Return the case of a base and an adapter; opened once for a dtype."""
+    cases: dict[tuple[Path, str], Case] = {}
+    with ExitStack() as stack:
+
+        def make(base: Path, adapter: Path, dtype: str = "auto") -> Case:
+            if (adapter, dtype) not in cases:
+                cases[adapter, dtype] = stack.enter_context(open_case(base, adapter, dtype=dtype))
+            return cases[adapter, dtype]
+
+        yield make

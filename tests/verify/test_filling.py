@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,30 +10,15 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from runner.verify.case import Case, open_case
+from runner.verify.case import Case
 from runner.verify.filling import Filling, Values
 from runner.verify.loader import Loaded, load_folder
 from tests.parity import models, oracle
 from tests.parity.pipeline import run_merge
-from tests.verify.conftest import Maker
+from tests.verify.conftest import Maker, Opener
 from tests.verify.merges import merged_weights
 
-Opener = Callable[..., Case]
 AT_TIES = 5  # elements of a merge computed in float32 that may be rounded the other way than E
-
-
-@pytest.fixture(scope="module")
-def open_() -> Iterator[Opener]:
-    """Return the case of a base and an adapter; opened once for a dtype."""
-    cases: dict[tuple[Path, str], Case] = {}
-    with ExitStack() as stack:
-
-        def make(base: Path, adapter: Path, dtype: str = "auto") -> Case:
-            if (adapter, dtype) not in cases:
-                cases[adapter, dtype] = stack.enter_context(open_case(base, adapter, dtype=dtype))
-            return cases[adapter, dtype]
-
-        yield make
 
 
 def _filling(case: Case, folder: Path) -> tuple[Filling, Loaded]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +14,7 @@ from peft import LoraConfig
 from transformers import T5Config, T5ForConditionalGeneration
 
 from runner.verify import outputs
-from runner.verify.case import Case, open_case
+from runner.verify.case import Case
 from runner.verify.forward import Errors, outputs_of
 from runner.verify.judge import judge
 from runner.verify.loader import Loaded
@@ -35,27 +33,12 @@ from runner.verify.prompts import Questions, TokenSequence, make_questions
 from runner.verify.targets import Target, Targets
 from runner.verify.verdict import Check, Layer, Outcome, Status
 from tests.parity import models
-from tests.verify.conftest import Maker
+from tests.verify.conftest import Maker, Opener
 from tests.verify.merges import edit_config
 from tests.verify.tiny import tokenizer
 
 LOADS = "plain transformers loads the folder"
 RUNS = "the models run"
-Opener = Callable[[Path, Path], Case]
-
-
-@pytest.fixture(scope="module")
-def open_() -> Iterator[Opener]:
-    """Return the case of a base and an adapter; opened once."""
-    cases: dict[Path, Case] = {}
-    with ExitStack() as stack:
-
-        def make(base: Path, adapter: Path) -> Case:
-            if adapter not in cases:
-                cases[adapter] = stack.enter_context(open_case(base, adapter, dtype="auto"))
-            return cases[adapter]
-
-        yield make
 
 
 def _asked(case: Case, merged: Path, **options: Any) -> Questions:

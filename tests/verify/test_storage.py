@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,20 +25,6 @@ from tests.verify.tiny import lora, save_adapter, save_base
 
 Copier = Callable[[Path], Path]
 LAST = "the adapter's change is in the files"
-
-
-@pytest.fixture(scope="module")
-def open_(right_merge: Maker) -> Iterator[Callable[[Path, Path], Case]]:
-    """Return the case of a base and an adapter; opened once."""
-    cases: dict[Path, Case] = {}
-    with ExitStack() as stack:
-
-        def make(base: Path, adapter: Path) -> Case:
-            if adapter not in cases:
-                cases[adapter] = stack.enter_context(open_case(base, adapter, dtype="auto"))
-            return cases[adapter]
-
-        yield make
 
 
 def _compare(case: Case, merged: Path, shares: list[float] | None = None) -> Storage:
