@@ -29,6 +29,7 @@ def write_report(entries: Sequence[Mapping[str, Any]]) -> int:
     others = [entry for entry in entries if "maker" in entry]
     bad = [entry for entry in entries if "diagnoses" in entry and "maker" not in entry]
     good = [entry for entry in entries if "diagnoses" not in entry]
+    alarms = _alarms(good)
     content = dict(read_numbers())
     for entry in bad:
         said = ", ".join(entry["diagnoses"])
@@ -36,7 +37,7 @@ def write_report(entries: Sequence[Mapping[str, Any]]) -> int:
         content["wrong"].setdefault(entry["kind"], {})[_place(entry)] = told
     if good:
         seeds = content["right"].get("probe seeds", 0)
-        content["right"], content["alarms"] = _right(good), _alarms(good)
+        content["right"], content["alarms"] = _right(good), alarms
         content["right"]["probe seeds"] = max(seeds, content["right"]["probe seeds"])  # they take an hour of their own
     if others:
         kept = ("maker", "status", "diagnoses", "evidence")
@@ -44,8 +45,8 @@ def write_report(entries: Sequence[Mapping[str, Any]]) -> int:
     content["margins"] = {name: _least(content["margins"].get(name), row) for name, row in _margins(good, bad).items()}
     NUMBERS.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
     counts = Counter(entry["verdict"] for entry in bad)
-    print(f"{len(bad)} wrong merges: {dict(counts)}; {len(good)} right ones, {len(_alarms(good))} alarms")
-    return int(bool(_alarms(good)) or any(counts[name] for name in ("MISSED", "caught")))
+    print(f"{len(bad)} wrong merges: {dict(counts)}; {len(good)} right ones, {len(alarms)} alarms")
+    return int(bool(alarms) or any(counts[name] for name in ("MISSED", "caught")))
 
 
 def _alarms(good: Iterable[Mapping[str, Any]]) -> list[str]:
