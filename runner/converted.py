@@ -23,7 +23,7 @@ class Pickles:
     """What is done with folders whose weights are pickles.
 
     Attributes:
-        allowed: the input `allow-pickle`.
+        allowed: whether the input `allow` names `pickle`.
         into: folder that the converted ones are put into.
         environ: the supervisor's environment, of which the converting process gets what is harmless.
     """

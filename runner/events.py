@@ -12,6 +12,7 @@ from pathlib import Path
 from runner.checkpoint.digests import FileDigest, MergedCheckpoint
 from runner.errors import Problem
 from runner.gpu.turn import GpuWish
+from runner.inputs.allow import Allow
 from runner.inputs.combination import Combination
 from runner.inputs.limits import Evaluation, Limits
 from runner.inputs.rounding import Rounding
@@ -27,6 +28,7 @@ class Job:
     Attributes:
         base: folder of the base.
         adapters: folders of the adapters, at least one.
+        allow: what is refused unless it is allowed by name.
         combination: how several adapters become one; None exactly when there is one.
         merged: folder to write, or to judge when `merges` is False.
         merges: whether to merge.
@@ -43,6 +45,7 @@ class Job:
 
     base: Path
     adapters: tuple[Path, ...]
+    allow: Allow = field(default_factory=Allow)
     combination: Combination | None
     merged: Path
     merges: bool

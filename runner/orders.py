@@ -53,6 +53,7 @@ def worker_job(
     return Job(
         base=base,
         adapters=tuple(adapter.root for adapter in resolved.adapters),
+        allow=inputs.allow,
         combination=inputs.combination,
         merged=merged,
         merges=inputs.mode == "publish",

@@ -106,9 +106,9 @@ def open_destination(inputs: Inputs, hubs: Hubs) -> Destination | None:
         private=inputs.private,
         on_existing_tag=inputs.on_existing_tag,
         commit_message=inputs.commit_message,
-        allows_adapter=where.allows_same_repo,
+        allows_adapter="same-repo" in inputs.allow,
         is_protected=where.is_protected(inputs.tag),
-        allow_not_verified=inputs.allow_not_verified,
+        allow_not_verified="not-verified" in inputs.allow,
     )
     if where.folder is not None:
         return FolderDestination(root=where.folder, wanted=wanted)

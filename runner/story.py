@@ -59,7 +59,9 @@ class Story:
         """
         hubs = open_hubs(self.inputs, self.environ, self.github.mask, self._on_download)
         destination = open_destination(self.inputs, hubs)
-        pickles = Pickles(allowed=self.inputs.allow_pickle, into=self.work.path / "converted", environ=self.environ)
+        pickles = Pickles(
+            allowed="pickle" in self.inputs.allow, into=self.work.path / "converted", environ=self.environ
+        )
         cache = self.inputs.cache_dir or self.work.path / "cache"
         with self._phase("preflight"):
             if destination is not None:
@@ -227,7 +229,7 @@ class Story:
         self.showing.advance(Progress(phase="publish", done=done, total=total, doing="uploading"))
 
     def _is_allowed(self, status: Status | None) -> bool:
-        return status is Status.NOT_VERIFIED and self.inputs.allow_not_verified
+        return status is Status.NOT_VERIFIED and "not-verified" in self.inputs.allow
 
     @contextmanager
     def _early(self, destination: Destination | None) -> Iterator[None]:
@@ -241,11 +243,11 @@ class Story:
             yield
 
     def _nothing_to_do(self, destination: Destination, release: Release) -> None:
-        if release.status is Status.NOT_VERIFIED and not self.inputs.allow_not_verified:
+        if release.status is Status.NOT_VERIFIED and "not-verified" not in self.inputs.allow:
             raise PublishError(
                 f"The tag {release.tag} of {release.repo_id} holds this merge, which was not verified.",
                 why="Another run allowed that; this one does not. Nothing was written.",
-                fix="Choose a new tag once the merge can be verified, or set `allow-not-verified: true`.",
+                fix="Choose a new tag once the merge can be verified, or add `not-verified` to `allow`.",
             )
         self.record.release = release
         self._read_checksums(destination, release)

@@ -38,7 +38,7 @@ SPECIAL: Mapping[int, tuple[str, Sequence[tuple[str, str, str]]]] = {
             (
                 "The status is `NOT_VERIFIED`.",
                 "A part of the judgement could not run; the skipped check says which, and why.",
-                "Remove the reason, or set `allow-not-verified: true`: the release then says that it is not verified.",
+                "Remove the reason, or add `not-verified` to `allow`: the release then says that it is not verified.",
             ),
             (
                 "A limit of `quality-limits` is missed.",

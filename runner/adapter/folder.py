@@ -123,7 +123,7 @@ def _read_weights(root: Path) -> TensorFile:
             f"The adapter folder has no {WEIGHTS_FILE}" + (f", only {pickled[0]}." if pickled else "."),
             why="Only safetensors are read: unpickling can run code.",
             fix="Save it again with PEFT's `save_pretrained`"
-            + (", or set `allow-pickle: true`: tensors only, in a process of its own." if pickled else "."),
+            + (", or add `pickle` to `allow`: tensors only, in a process of its own." if pickled else "."),
         )
     try:
         file = read_tensor_file(root, WEIGHTS_FILE)

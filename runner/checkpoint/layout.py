@@ -287,7 +287,7 @@ def _no_weights(root: Path) -> CheckpointError:
         return UnsupportedCheckpoint(
             f"The checkpoint holds pickled weights only ({pickled[0]}).",
             why="Unpickling can run code, so only safetensors are read.",
-            fix="Use a revision with safetensors, or set `allow-pickle: true`: tensors only, in a process of its own.",
+            fix="Use a revision with safetensors, or add `pickle` to `allow`: tensors only, in a process of its own.",
         )
     return BrokenCheckpoint(
         f"The checkpoint has neither {SINGLE_FILE} nor {INDEX_FILE}.",

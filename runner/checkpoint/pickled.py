@@ -16,7 +16,7 @@ PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLED_ADAPTER = "adapter_model.bin"
 ADAPTER_FILE = "adapter_model.safetensors"
 OPT_IN = (
-    "Use a revision with safetensors, or set `allow-pickle: true`: then tensors, and nothing else, are unpickled, in a "
+    "Use a revision with safetensors, or add `pickle` to `allow`: then tensors, and nothing else, are unpickled, in a "
     "process that holds no token."
 )
 

@@ -150,7 +150,7 @@ def _verification(verdict: Verdict) -> str:
         Status.PASS: "The merge was judged before it was published, by code that uses nothing of the merge.",
         Status.PASS_LOSSY: "The merge is exact, but the output dtype kept less than 0.9 of the adapter's change.",
         Status.NOT_VERIFIED: "A part of the judgement did not run, so nobody knows whether this merge is right. It was "
-        "published because `allow-not-verified` was set.",
+        "published because `allow` names `not-verified`.",
     }.get(verdict.status, "The merge did not pass.")
     rows = [_check_row(check) for check in verdict.checks]
     parts = [f"Verdict: **{verdict.status.value.replace('_', ' ')}**. {says}"]

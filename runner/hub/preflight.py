@@ -202,5 +202,5 @@ def _refuse_adapter_repo(repo_id: str, tree: Tree) -> None:
             f"{repo_id} holds an adapter ({found[0]}), so no merged model is published there.",
             why="A release would have to delete it, since loaders would apply it a second time on the merged weights.",
             fix="Choose another `target-repo`; or keep the adapter on its branch, and give the release one of its own: "
-            "`allow-same-repo: true` and `target-revision: merged`.",
+            "`allow: same-repo` and `target-revision: merged`.",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from runner.inputs.allow import forms
 from runner.inputs.combination import KINDS, MAJORITIES
 from runner.inputs.rounding import KINDS as ROUNDINGS
 from runner.inputs.rounding import NEAREST
@@ -70,9 +71,9 @@ INPUTS: tuple[InputSpec, ...] = (
     ),
     InputSpec(name="base-revision", description="Revision of the base model: a commit, tag or branch."),
     InputSpec(
-        name="allow-pickle",
-        description="Whether pickled weights are read where there are no safetensors; tensors only.",
-        default="false",
+        name="allow",
+        description=f"What is refused unless it is allowed by name; one a line, or with commas: {', '.join(forms())}.",
+        multiline=True,
     ),
     InputSpec(name="tag", description="Tag of the release; else the event's release or pushed tag."),
     InputSpec(
@@ -169,11 +170,6 @@ INPUTS: tuple[InputSpec, ...] = (
         description="Tasks of lm-eval, one a line; where that package is installed, and the data is on this machine.",
         multiline=True,
     ),
-    InputSpec(
-        name="allow-not-verified",
-        description="Whether to publish, marked as not verified, where a part of the judgement could not run.",
-        default="false",
-    ),
     InputSpec(name="commit-message", description="Message of the commit on the Hub.", multiline=True),
     InputSpec(
         name="on-existing-tag",
@@ -191,11 +187,6 @@ INPUTS: tuple[InputSpec, ...] = (
     ),
     InputSpec(
         name="create-pr", description="Whether to open a pull request instead of a tagged commit.", default="false"
-    ),
-    InputSpec(
-        name="allow-same-repo",
-        description="Whether target-repo may be the repository of the adapter or of the base.",
-        default="false",
     ),
     InputSpec(
         name="archive-adapter", description="Whether the release holds the adapter, under adapter/.", default="false"

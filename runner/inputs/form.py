@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from runner.errors import InputError, Problem
+from runner.inputs.allow import Allow, entry_problem
 from runner.inputs.combination import KINDS, MAJORITIES, PRUNING, RANDOM, VOTING, Combination
 from runner.inputs.declared import INPUTS
 from runner.inputs.prompts import read_prompts
@@ -263,6 +265,24 @@ class Form:
         """Return the prompts that the input holds or names."""
         value = self.values.get(name)
         return (self.attempt(lambda: read_prompts(name, value, self.workspace)) if value else None) or ()
+
+    def words(self, name: str) -> tuple[str, ...]:
+        """Return the entries of a list, one a line or separated by commas, each once."""
+        found = (word.strip() for word in re.split(r"[,\n]", self.values.get(name, "")))
+        return tuple(dict.fromkeys(word for word in found if word))
+
+    def allow(self, name: str) -> Allow:
+        """Return what the input allows."""
+        entries = self.words(name)
+        for entry in entries:
+            if reason := entry_problem(entry):
+                self.add(f"`{name}` names {entry!r}.", why=f"{_capital(reason)}.", fix=f"Correct `{name}`.")
+        names = [entry.partition("=")[0] for entry in entries]
+        for twice in sorted({known for known in names if names.count(known) > 1}):
+            self.add(
+                f"`{name}` gives {twice!r} twice.", why="Only one value can be meant.", fix="Remove one of the two."
+            )
+        return Allow(entries=entries)
 
     def require(self, name: str, why: str, fix: str) -> None:
         """Note that an input is missing, unless something else was told about it."""

@@ -34,7 +34,6 @@ class Placement:
         protected_tags: patterns of tags that are never moved.
         is_staged: whether the branch follows after the tag.
         create_pr: whether the release becomes a pull request.
-        allows_same_repo: whether the target may be the repository of an adapter or of the base.
         archives_adapter: whether the release holds the adapter, under `adapter/`.
         uploads_early: whether finished shards are sent while the merge goes on.
     """
@@ -47,7 +46,6 @@ class Placement:
     protected_tags: tuple[str, ...]
     is_staged: bool
     create_pr: bool
-    allows_same_repo: bool
     archives_adapter: bool
     uploads_early: bool
 
@@ -64,7 +62,6 @@ class Placement:
             "protected-tags": "\n".join(self.protected_tags),
             "staging": self.is_staged,
             "create-pr": self.create_pr,
-            "allow-same-repo": self.allows_same_repo,
             "archive-adapter": self.archives_adapter,
             "upload-early": self.uploads_early,
             "hub-endpoint": self.endpoint or "",
@@ -81,25 +78,21 @@ def read_placement(form: Form) -> Placement:
         endpoint=endpoint.rstrip("/") if endpoint else None,
         branch=form.checked("target-revision", branch_problem, "a branch") or MAIN,
         also_tags=_names(form, "also-tags"),
-        protected_tags=_words(form, "protected-tags"),
+        protected_tags=form.words("protected-tags"),
         is_staged=form.boolean("staging"),
         create_pr=form.boolean("create-pr"),
-        allows_same_repo=form.boolean("allow-same-repo"),
         archives_adapter=form.boolean("archive-adapter"),
         uploads_early=form.boolean("upload-early"),
     )
 
 
-def check_placement(
-    form: Form, placement: Placement, tag: str | None, sources: Sequence[tuple[str, RepoRef | None]]
-) -> None:
+def check_placement(form: Form, placement: Placement, tag: str | None) -> None:
     """Note what contradicts itself when a release is to be published.
 
     Args:
         form: where problems are noted.
         placement: what was read.
         tag: of the release.
-        sources: the adapters and the base, with the names of their inputs.
     """
     _check_aliases(form, placement, tag)
     if placement.create_pr and (placement.is_staged or placement.branch != MAIN):
@@ -110,10 +103,19 @@ def check_placement(
         )
     if placement.folder is not None:
         _check_folder(form, placement)
-    if not placement.allows_same_repo:
-        for name, ref in sources:
-            if ref is not None:
-                _check_source(form, placement, name, ref)
+
+
+def check_sources(form: Form, placement: Placement, sources: Sequence[tuple[str, RepoRef | None]]) -> None:
+    """Note where a release would replace what it is made from.
+
+    Args:
+        form: where problems are noted.
+        placement: what was read.
+        sources: the adapters and the base, with the names of their inputs.
+    """
+    for name, ref in sources:
+        if ref is not None:
+            _check_source(form, placement, name, ref)
 
 
 def _check_source(form: Form, placement: Placement, name: str, ref: RepoRef) -> None:
@@ -121,14 +123,14 @@ def _check_source(form: Form, placement: Placement, name: str, ref: RepoRef) -> 
         form.add(
             f"`target-repo` and `{name}` are both {placement.repo_id!r}.",
             why="The release replaces the files of its repository, so it would overwrite what it was made from.",
-            fix="Publish to a repository of its own. If you mean it, set `allow-same-repo: true`; in an adapter's "
+            fix="Publish to a repository of its own. If you mean it, set `allow: same-repo`; in an adapter's "
             "repository also `target-revision` to a branch for releases, so that the adapter stays where it is.",
         )
     if placement.folder and ref.path and placement.folder.is_relative_to(ref.path):
         form.add(
             f"`target-repo` lies in the folder of `{name}`, {str(ref.path)!r}.",
             why="The release would become a part of what it was made from.",
-            fix="Name a folder outside. If you mean it, set `allow-same-repo: true`.",
+            fix="Name a folder outside. If you mean it, set `allow: same-repo`.",
         )
 
 
@@ -201,7 +203,7 @@ def _check_aliases(form: Form, placement: Placement, tag: str | None) -> None:
 
 
 def _names(form: Form, name: str) -> tuple[str, ...]:
-    words = _words(form, name)
+    words = form.words(name)
     for word in words:
         if reason := tag_problem(word):
             form.add(
@@ -210,8 +212,3 @@ def _names(form: Form, name: str) -> tuple[str, ...]:
                 fix=f"Correct `{name}`.",
             )
     return words
-
-
-def _words(form: Form, name: str) -> tuple[str, ...]:
-    found = (word.strip() for word in re.split(r"[,\n]", form.values.get(name, "")))
-    return tuple(dict.fromkeys(word for word in found if word))

@@ -13,12 +13,13 @@ from typing import Literal, cast
 
 from runner.errors import InputError, Problem
 from runner.inputs import sources
+from runner.inputs.allow import Allow
 from runner.inputs.combination import Combination
 from runner.inputs.declared import INPUTS
 from runner.inputs.form import Form
 from runner.inputs.limits import Evaluation, Limits
 from runner.inputs.machine import Machine, read_machine
-from runner.inputs.placement import Placement, check_placement, read_placement
+from runner.inputs.placement import Placement, check_placement, check_sources, read_placement
 from runner.inputs.reference import RepoRef
 from runner.inputs.rounding import Rounding
 from runner.inputs.terms import read_evaluation, read_limits, read_rounding
@@ -41,7 +42,7 @@ class Inputs:
         combination: how several adapters become one; None exactly when there is one.
         base: into what; None for the base that the adapter's config names.
         base_revision: asked for by the user; part of `base` too where that is given.
-        allow_pickle: whether pickled weights of base and adapter are read where there are no safetensors.
+        allow: what is refused unless it is allowed by name.
         placement: where the release goes; a repository or a folder whenever `mode` is publish.
         tag: set whenever `mode` is publish.
         mode: publish, verify or plan.
@@ -61,7 +62,6 @@ class Inputs:
         verify_prompts: literal text, or the JSON text of an object with `messages` (see `runner.inputs.prompts`).
         limits: of the judgement, loosened or set.
         evaluation: on a text and tasks of the user's own.
-        allow_not_verified: whether to publish where a part of the judgement did not run.
         commit_message: may have several lines.
         on_existing_tag: fail, skip or replace.
         workspace: where relative paths start.
@@ -71,7 +71,7 @@ class Inputs:
     combination: Combination | None
     base: RepoRef | None
     base_revision: str | None
-    allow_pickle: bool
+    allow: Allow
     placement: Placement
     tag: str | None
     mode: Literal["publish", "verify", "plan"]
@@ -91,7 +91,6 @@ class Inputs:
     verify_prompts: tuple[str, ...]
     limits: Limits
     evaluation: Evaluation
-    allow_not_verified: bool
     commit_message: str | None
     on_existing_tag: Literal["fail", "skip", "replace"]
     workspace: Workspace
@@ -130,7 +129,7 @@ class Inputs:
             "target-revision": place.pop("target-revision"),
             "base-model": model(self.base),
             "base-revision": self.base_revision or "",
-            "allow-pickle": self.allow_pickle,
+            "allow": "\n".join(self.allow.entries),
             "tag": self.tag or "",
             "also-tags": place.pop("also-tags"),
             "mode": self.mode,
@@ -150,7 +149,6 @@ class Inputs:
             "quality-limits": " ".join(limit.text for limit in self.limits.quality),
             "eval-text": len(self.evaluation.text),
             "eval-tasks": self._tasks(),
-            "allow-not-verified": self.allow_not_verified,
             "commit-message": self.commit_message or "",
             "on-existing-tag": self.on_existing_tag,
             **place,
@@ -201,13 +199,14 @@ def parse(
     hf_token = values.get("hf-token") or None
     base_revision = form.checked("base-revision", revision_problem, "a revision")
     adapters = form.adapters("adapter-path")
+    allow = form.allow("allow")
     placement = read_placement(form)
     inputs = Inputs(
         adapters=tuple(ref for ref, _ in adapters),
         combination=form.combination(adapters),
         base=form.base(base_revision),
         base_revision=base_revision,
-        allow_pickle=form.boolean("allow-pickle"),
+        allow=allow,
         placement=placement,
         tag=form.tag(event_tag),
         mode=mode,
@@ -227,7 +226,6 @@ def parse(
         verify_prompts=form.prompts("verify-prompts"),
         limits=read_limits(form, mode=mode),
         evaluation=read_evaluation(form, mode=mode),
-        allow_not_verified=form.boolean("allow-not-verified"),
         commit_message=values.get("commit-message") or None,
         on_existing_tag=cast(Literal["fail", "skip", "replace"], form.choice("on-existing-tag")),
         workspace=form.workspace,
@@ -256,9 +254,9 @@ def _check_combinations(form: Form, inputs: Inputs, event_problems: Sequence[Pro
             why="Only `mode: verify` reads an existing merge; the others would ignore it.",
             fix="Set `mode: verify`, or remove `merged-path`.",
         )
-    if inputs.allow_not_verified and inputs.mode != "publish":
+    if "not-verified" in inputs.allow and inputs.mode != "publish":
         form.add(
-            f"`allow-not-verified` is true, but `mode` is `{inputs.mode}`.",
+            f"`allow` names `not-verified`, but `mode` is `{inputs.mode}`.",
             why="Nothing is published in this mode, so it would be ignored.",
             fix="Remove it, or set `mode: publish`.",
         )
@@ -287,7 +285,9 @@ def _check_publishing(form: Form, inputs: Inputs, event_problems: Sequence[Probl
         )
     form.problems.extend(event_problems)
     sources = [*(("adapter-path", ref) for ref in inputs.adapters), ("base-model", inputs.base)]
-    check_placement(form, inputs.placement, inputs.tag, sources)
+    if "same-repo" not in inputs.allow:
+        check_sources(form, inputs.placement, sources)
+    check_placement(form, inputs.placement, inputs.tag)
 
 
 def has_identity(environ: Mapping[str, str]) -> bool:

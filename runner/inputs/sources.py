@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from runner.errors import Problem
+from runner.inputs.allow import FORMER
 from runner.inputs.declared import InputSpec
 
 _OF_THE_RUNNER = ("entrypoint", "args")  # inputs that every container action has
@@ -117,10 +118,20 @@ def _not_a_flag(argument: str) -> Problem:
 def _unknown_flag(name: str, known: Mapping[str, InputSpec]) -> Problem:
     shown = "A flag that holds a token" if _TOKEN_LIKE.search(name) else f"`--{name}`"
     match = nearest(name.lower().replace("_", "-"), known)
+    if name in FORMER:
+        return _former(f"`--{name}`", FORMER[name])
     return Problem(
         what=f"{shown} is not an input.",
         why="A misspelt input would be ignored, and the run would do something else than you asked for.",
         fix=f"Did you mean `--{match}`?" if match else "`--help` lists the inputs.",
+    )
+
+
+def _former(shown: str, name: str) -> Problem:
+    return Problem(
+        what=f"{shown} is no input any more.",
+        why="What a run may do against its rules is one list, the input `allow`.",
+        fix=f"If it was true, add `{name}` to `allow`, as in `--allow {name}`; else leave it out.",
     )
 
 
@@ -141,7 +152,9 @@ def _misspelt_variables(environ: Mapping[str, str], known: Mapping[str, InputSpe
         name = variable[len("INPUT_") :].lower().replace("_", "-")
         if not variable.upper().startswith("INPUT_") or variable in variables or name in _OF_THE_RUNNER:
             continue
-        if match := difflib.get_close_matches(name, list(known), n=1, cutoff=0.8):
+        if name in FORMER:
+            problems.append(_former(f"`{variable}`", FORMER[name]))
+        elif match := difflib.get_close_matches(name, list(known), n=1, cutoff=0.8):
             meant = known[match[0]].variable
             problems.append(
                 Problem(

@@ -31,14 +31,14 @@ def test_the_defaults_are_one_commit_on_main_of_a_repository() -> None:
     where = placed()
     assert (where.repo_id, where.folder, where.endpoint, where.branch) == ("owner/merged", None, None, "main")
     assert (where.also_tags, where.protected_tags) == ((), ())
-    assert not any((where.is_staged, where.create_pr, where.allows_same_repo, where.archives_adapter))
+    assert not any((where.is_staged, where.create_pr, where.archives_adapter))
     assert where.uploads_early
 
 
 def test_every_input_about_it_is_shown_under_its_own_name() -> None:
     values = {
         "target-revision": "next", "also-tags": "latest\nv1", "protected-tags": "v*.*", "staging": "true",
-        "allow-same-repo": "true", "archive-adapter": "true", "upload-early": "false",
+        "archive-adapter": "true", "upload-early": "false",
         "hub-endpoint": "https://hub.example/models",
     }  # fmt: skip
     shown = read(values).public()
@@ -97,12 +97,12 @@ def test_a_folder_inside_what_it_is_made_from_is_refused(workspace: Path) -> Non
     (workspace / "adapter").mkdir()
     values = {"adapter-path": "adapter", "target-repo": "dir:adapter/out"}
     assert "lies in the folder of `adapter-path`" in only_problem(values)
-    assert read({**values, "allow-same-repo": "true"}).placement.folder == workspace / "adapter" / "out"
+    assert read({**values, "allow": "same-repo"}).placement.folder == workspace / "adapter" / "out"
 
 
 def test_the_repository_of_the_adapter_only_when_told_so() -> None:
-    assert "allow-same-repo" in only_problem({"target-repo": "owner/adapter"})
-    assert placed(target_repo="owner/adapter", allow_same_repo="true").repo_id == "owner/adapter"
+    assert "allow: same-repo" in only_problem({"target-repo": "owner/adapter"})
+    assert placed(target_repo="owner/adapter", allow="same-repo").repo_id == "owner/adapter"
 
 
 @pytest.mark.parametrize(

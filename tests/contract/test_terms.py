@@ -46,7 +46,7 @@ def test_reads_the_limits() -> None:
     assert [found.text for found in limits.quality] == ["retention>=0.9", "kl-mean-nats<=0.01"]
     assert read().limits == Limits()
     assert read({"quality-limits": "retention>=0.9"}).public()["quality-limits"] == "retention>=0.9"
-    assert read({"allow-not-verified": "true"}).allow_not_verified
+    assert "not-verified" in read({"allow": "not-verified"}).allow
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def test_reads_the_limits() -> None:
         ({"quality-limits": "retention>=much"}, "one number"),
         ({"quality-limits": "kl-mean-nats<=inf"}, "Write a number"),
         ({"quality-limits": "retention>=0.9", "mode": "plan"}, "Nothing is judged"),
-        ({"allow-not-verified": "true", "mode": "plan"}, "Nothing is published"),
-        ({"allow-not-verified": "perhaps"}, "`true` or `false`"),
+        ({"allow": "not-verified", "mode": "plan"}, "Nothing is published"),
+        ({"allow": "perhaps"}, "must be one of: pickle"),
     ],
 )
 def test_tells_what_is_wrong_with_the_limits(values: dict[str, str], text: str) -> None:
@@ -110,3 +110,23 @@ def test_reads_the_tasks_and_tells_before_any_work_that_lm_eval_is_missing(
         ({"quality-limits": "task-drop<=0.01"}, "`eval-tasks` is missing"),
     ):
         assert text in only_problem(values)
+
+
+def test_reads_what_is_allowed() -> None:
+    allow = read({"allow": "pickle, same-repo\npickle"}).allow
+    assert allow.entries == ("pickle", "same-repo")
+    assert "pickle" in allow
+    assert "not-verified" not in allow
+    assert allow.value("pickle") == ""
+    assert allow.value("not-verified") is None
+    assert read().allow.entries == ()
+
+
+@pytest.mark.parametrize("name", ["pickle", "not-verified", "same-repo"])
+def test_a_former_input_says_where_its_meaning_went(name: str) -> None:
+    for told in (
+        only_problem(argv=[f"--allow-{name}", "true"]),
+        only_problem(**{f"INPUT_ALLOW-{name.upper()}": "true"}),
+    ):
+        assert f"`--allow {name}`" in told
+    assert name in read(argv=["--allow", name]).allow

@@ -30,10 +30,10 @@ def test_pickles_are_refused_and_where_allowed_released_as_safetensors(
     pickled_base, pickled_adapter = _pickled(base, adapter, tmp_path)
 
     refused = action.publish(pickled_base, pickled_adapter)
-    done = action.publish(pickled_base, pickled_adapter, "--allow-pickle", "true")
+    done = action.publish(pickled_base, pickled_adapter, "--allow", "pickle")
 
     assert refused.code == 4, refused.log
-    assert "`allow-pickle: true`" in refused.log
+    assert "add `pickle` to `allow`" in refused.log
     assert done.code == 0, done.log
     assert done.outputs["status"] == "PASS"
     for noun in ("adapter", "base"):
@@ -55,7 +55,7 @@ def test_a_plan_converts_pickles_too(action: Action, base: Path, adapter: Path, 
         str(pickled_adapter),
         "--base-model",
         str(pickled_base),
-        "--allow-pickle=true",
+        "--allow=pickle",
     )
 
     assert plan.code == 0, plan.log

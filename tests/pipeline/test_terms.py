@@ -23,7 +23,7 @@ def test_a_limit_that_cannot_be_measured_publishes_nothing_unless_that_is_allowe
     assert refused.outputs["commit-sha"] == ""
     assert action.hub.repo(TARGET) is None
 
-    allowed = action.publish(base, adapter, *terms, "--allow-not-verified", "true")
+    allowed = action.publish(base, adapter, *terms, "--allow", "not-verified")
     assert (allowed.code, allowed.outputs["status"]) == (0, "NOT_VERIFIED"), allowed.log
     assert allowed.outputs["verified"] == "false"
     repo = action.hub.repo(TARGET)

@@ -26,7 +26,7 @@ def test_pickled_weights_are_taken_only_where_that_is_allowed(world: World, tmp_
     ref, cache = RepoRef(repo_id="acme/base"), tmp_path / "cache"
     with pytest.raises(UnsupportedCheckpoint, match="pickled weights only") as raised:
         world.connect().snapshot(ref, kind="base", cache_dir=cache)
-    assert "`allow-pickle: true`" in raised.value.problem.fix
+    assert "add `pickle` to `allow`" in raised.value.problem.fix
 
     wanted = set(pickled_base_files())
     assert names(world.connect().snapshot(ref, kind="base", cache_dir=cache, pickles=True).root) == wanted
@@ -55,7 +55,7 @@ def test_a_pickled_adapter_is_taken_only_where_that_is_allowed(world: World, tmp
     ref, cache = RepoRef(repo_id="acme/lora"), tmp_path / "cache"
     with pytest.raises(UnsupportedAdapter, match=r"adapter_model\.bin") as raised:
         world.connect().snapshot(ref, kind="adapter", cache_dir=cache)
-    assert "`allow-pickle: true`" in raised.value.problem.fix
+    assert "add `pickle` to `allow`" in raised.value.problem.fix
 
     root = world.connect().snapshot(ref, kind="adapter", cache_dir=cache, pickles=True).root
     assert names(root) == {"adapter_config.json", "adapter_model.bin"}
