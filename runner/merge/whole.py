@@ -17,6 +17,7 @@ from runner.errors import UnsupportedAdapter
 from runner.merge.units import Unit, changed_keys, find_clusters, held_keys
 from runner.model.attach import Attached
 from runner.model.base_model import irreversible
+from runner.model.placed import base_tensor
 
 
 class UnitMerger:
@@ -40,7 +41,7 @@ class UnitMerger:
             UnsupportedAdapter: PEFT has no merge for this layer.
         """
         if path in self._attached.replaced and path not in self._units:
-            return {"": self._attached.replaced[path].float()}
+            return {"": _copy(self._attached.replaced[path])}
         if path in self._ready:
             return self._ready.pop(path)
         computed = self._attached.conversion.groups
@@ -67,7 +68,8 @@ class UnitMerger:
 
     def _merge_unit(self, unit: Unit, bases: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the unit's merged parameters by their state-dict keys."""
-        held = {key: self._attached.parameters[key] for key in held_keys(unit, self._attached)}
+        # PEFT may have put another object in the place of the base's parameter (multi-head attention).
+        held = {key: base_tensor(unit.module, unit.relative(key)) for key in held_keys(unit, self._attached)}
         originals = {key: tensor.data for key, tensor in held.items()}
         try:
             for key, tensor in held.items():
@@ -92,21 +94,20 @@ class UnitMerger:
             self._checked.add(kind)
         del given
         return {
-            key: self._pristine(key, value) if key in attached.replaced else value.clone()
-            for key, value in made.items()
+            key: self._pristine(key, value) if key in attached.replaced else _copy(value) for key, value in made.items()
         }
 
     def _pristine(self, key: str, current: torch.Tensor) -> torch.Tensor:
+        """Return a fresh copy of the base's value (or the adapter's in its place): PEFT adds to it in place."""
         if key in self._attached.replaced:
-            value = self._attached.replaced[key]
-            return value.float() if value.is_floating_point() else value.clone()
+            return _copy(self._attached.replaced[key])
         if not self._attached.is_lazy:
-            return current.clone()
+            return _copy(current)
         if key in self._attached.own:
             return torch.zeros(current.shape)  # the adapter's own value comes in its place
         names = self._attached.names.renamed
         info = self._attached.checkpoint.tensors[names.get(key) or names[self._attached.ties[key]]]
-        value = self._reader.read(info)
+        value = self._reader.read(info)  # freshly allocated
         return value.float() if value.is_floating_point() else value
 
     def _unload(self, unit: Unit) -> nn.Module:
@@ -128,3 +129,8 @@ class UnitMerger:
                 fix="Release the adapter unmerged, or train it without the option that the message names.",
             ) from error
         return merged
+
+
+def _copy(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of its own memory; floats in float32."""
+    return value.detach().to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)

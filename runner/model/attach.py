@@ -232,8 +232,9 @@ def _load(
 
     def recording(state_dict: Mapping[str, torch.Tensor], strict: bool = False) -> LoadResult:  # noqa: ARG001
         check_copies(peft_model, state_dict, own)
-        placed.update((key, value) for key, value in state_dict.items() if not repeats(peft_model, key, value, name))
-        return mapped.load(load_state_dict, state_dict)
+        brought = {key: value for key, value in state_dict.items() if not repeats(peft_model, key, value, name)}
+        placed.update(brought)
+        return mapped.load(load_state_dict, brought)
 
     # PEFT maps file names to parameters inside this call; listening in on its last step is the only way to learn
     # the mapping without repeating it.

@@ -6,6 +6,8 @@ from collections.abc import Container, Iterable, Mapping
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from runner.errors import AdapterMismatch
@@ -130,6 +132,28 @@ def replaced(
         elif mark(parameter) != before[key]:
             found[key] = parameter.data
     return found
+
+
+def base_tensor(unit: nn.Module, name: str) -> torch.Tensor:
+    """Return the base's own parameter or buffer inside a unit as the unit holds it now.
+
+    Args:
+        unit: PEFT's outermost wrapper of a module.
+        name: of the parameter in the base's module, for example "out_proj.weight".
+    """
+    *path, last = name.split(".")
+    module = _bare(unit)
+    for part in path:
+        module = _bare(module.get_submodule(part))
+    found = module._parameters.get(last)
+    return found if found is not None else module.get_buffer(last)
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        is_tuner = isinstance(module, BaseTunerLayer)
+        module = module.get_base_layer() if is_tuner else module.get_submodule("original_module")
+    return module
 
 
 def lookup(module: nn.Module, key: str) -> torch.Tensor | None:
