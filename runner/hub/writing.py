@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from runner.errors import RepoNotFound
+from runner.errors import PublishError, RepoNotFound
 from runner.hub.login import Login
 from runner.hub.preflight import BRANCH
 from runner.hub.transport import Caller
@@ -54,22 +54,39 @@ class Writing:
         self._caller.settle(f"create {repo_id}", write, lambda _answer: self._is_there(repo_id))
 
     def preupload(
-        self, repo_id: str, addition: CommitOperationAdd, *, branch: str = BRANCH, create_pr: bool = False
+        self, repo_id: str, additions: Sequence[CommitOperationAdd], *, branch: str = BRANCH, create_pr: bool = False
     ) -> None:
-        """Send the content of one large file; it stays invisible until a commit names it. Nothing for small files."""
+        """Send the content of large files; it stays invisible until a commit names it. Small ones are announced only.
+
+        A `.gitignore` in the repository counts for nothing: the client would leave out of the commit, without a word,
+        what it ignores. An empty one is sent in its place.
+
+        Raises:
+            PublishError: the Hub says that a file is to be ignored all the same.
+            HubError: it refuses, or cannot be reached.
+        """
+        named = additions[0].path_in_repo + (f" and {len(additions) - 1} more files" if additions[1:] else "")
         self._caller.read(
-            f"upload {addition.path_in_repo} to {repo_id}",
+            f"upload {named} to {repo_id}",
             lambda: self._api.preupload_lfs_files(
                 repo_id,
-                [addition],
+                additions,
                 token=self._login.token(),
                 revision=branch,
                 create_pr=create_pr,
                 num_threads=1,
                 free_memory=False,
+                gitignore_content="",
             ),
             attempts=3,  # the client repeats each request itself
         )
+        if ignored := [addition.path_in_repo for addition in additions if addition._should_ignore]:
+            raise PublishError(
+                f"The Hub would leave {', '.join(ignored[:5])} out of a commit to {repo_id}.",
+                why="Its answer to the announced files says that they are to be ignored, as by a `.gitignore`, and a "
+                "release without them is not the one that was judged.",
+                fix=f"Delete the `.gitignore` of {repo_id}, then run again.",
+            )
 
     def commit(
         self,

@@ -101,7 +101,7 @@ class EarlyUpload:
             path = content.file.path
             try:
                 addition = addition_of(content)
-                self._hub.preupload(self._repo_id, addition, branch=self._branch, create_pr=self._create_pr)
+                self._hub.preupload(self._repo_id, [addition], branch=self._branch, create_pr=self._create_pr)
             except RunnerError as error:
                 self._say(f"{path} was not sent while the merge went on: {error.problem.what} It is sent later.")
                 if not isinstance(error, HubUnavailable):

@@ -36,7 +36,7 @@ def addition_of(content: Content) -> CommitOperationAdd:
 
 
 def send(run: Run, additions: Sequence[CommitOperationAdd], *, branch: str) -> None:
-    """Send the large files of `additions` that are not on the Hub yet, a few at a time.
+    """Announce the small files of `additions`, and send the large ones that are not on the Hub yet, a few at a time.
 
     Progress counts what was there already, and of a file under way what was read of it.
 
@@ -48,10 +48,12 @@ def send(run: Run, additions: Sequence[CommitOperationAdd], *, branch: str) -> N
     total = run.contents.size_bytes
     done = told = total - sum(addition.upload_info.size for addition in large)
     run.on_progress(done, total)
+    if small := [item for item in additions if item.upload_info.size < PREUPLOAD_FROM_BYTES]:
+        run.hub.preupload(run.repo_id, small, branch=branch, create_pr=run.wanted.create_pr)
     pool = ThreadPoolExecutor(max_workers=UPLOAD_THREADS, thread_name_prefix="upload")
     try:
         sending = {
-            pool.submit(run.hub.preupload, run.repo_id, item, branch=branch, create_pr=run.wanted.create_pr): item
+            pool.submit(run.hub.preupload, run.repo_id, [item], branch=branch, create_pr=run.wanted.create_pr): item
             for item in large
         }
         while sending:

@@ -18,6 +18,7 @@ from tests.hub.repos import Repository, Tree, stale_parent
 from tests.hub.state import State
 
 ATTRIBUTES = ".gitattributes"
+IGNORE = ".gitignore"
 _LFS_RULE = "filter=lfs diff=lfs merge=lfs -text"
 # What the Hub puts into the .gitattributes of a new model; the bytes are the same.
 _LFS_PATTERNS = (
@@ -48,10 +49,14 @@ async def preupload(state: State, request: Request, names: Mapping[str, str]) ->
     """Say for each file whether it goes to LFS, and what the branch holds under its path."""
     repo, _ = state.committable(request, names["repo"], names["rev"])
     tree = repo.tree(names["rev"])
-    wanted = (await request.json())["files"]
+    body = await request.json()
+    wanted = body["files"]
     if len(wanted) > 256:
         raise refusals.bad_request("At most 256 files per call")
     rules = _lfs_rules(state, tree)
+    ignored = _ignore_rules(body.get("gitIgnore", _text(state, tree, IGNORE)))
+    if request.rule is not None and request.is_hit(Kind.IGNORED):
+        ignored.append(request.rule.file)
     files = []
     for file in wanted:
         path = checked_path(file["path"])
@@ -65,7 +70,7 @@ async def preupload(state: State, request: Request, names: Mapping[str, str]) ->
             {
                 "path": path,
                 "uploadMode": "lfs" if large else "regular",
-                "shouldIgnore": False,
+                "shouldIgnore": _matches(path, ignored),
                 "oid": known.digest if known else None,
             }
         )
@@ -194,10 +199,19 @@ def stored(state: State, repo: Repository, path: str, source: Path) -> Entry:
 
 
 def _lfs_rules(state: State, tree: Tree) -> list[str]:
-    entry = tree.get(ATTRIBUTES)
-    text = state.blobs.small_path(entry.oid).read_text() if entry else ""
-    lines = [line.split() for line in text.splitlines()]
+    lines = [line.split() for line in _text(state, tree, ATTRIBUTES).splitlines()]
     return [words[0] for words in lines if "filter=lfs" in words[1:]]
+
+
+def _ignore_rules(text: str) -> list[str]:
+    """Return the patterns of a `.gitignore`; exceptions (`!`) are not read."""
+    lines = (line.strip() for line in text.splitlines())
+    return [line for line in lines if line and not line.startswith(("#", "!"))]
+
+
+def _text(state: State, tree: Tree, path: str) -> str:
+    entry = tree.get(path)
+    return state.blobs.small_path(entry.oid).read_text() if entry else ""
 
 
 def _matches(path: str, rules: Iterable[str]) -> bool:

@@ -29,6 +29,7 @@ class Kind(StrEnum):
         DAMAGED: what is stored is not what was sent. For a commit: other content, with the digest of that content,
             under the path `file`. For uploaded bytes: the last bit flipped, under the digest that was announced.
         EXPIRED: the token, or the signed URL, of this call has expired, for this call and for all later ones.
+        IGNORED: the answer to announced files says that `file` is to be left out, whatever the client sends.
         QUOTA: refused as if the storage of the namespace were full; a batch call refuses each object.
     """
 
@@ -44,6 +45,7 @@ class Kind(StrEnum):
     STALE = "stale"
     DAMAGED = "damaged"
     EXPIRED = "expired"
+    IGNORED = "ignored"
     QUOTA = "quota"
 
 
@@ -63,7 +65,7 @@ class Rule:
         headers: more headers of that answer. Without any, a 429 says how long to wait (one second), as the Hub does.
         delay_s: for SLOW: seconds before anything is done.
         after_bytes: for RESET_IN.
-        file: for DAMAGED: the path in the repository.
+        file: for DAMAGED and IGNORED: the path in the repository.
         orderly: the connection is closed (FIN) where a reset (RST) would be.
     """
 
