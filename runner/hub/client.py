@@ -185,6 +185,13 @@ class Hub(Writing):
             pulls={ref.ref: ref.target_commit for ref in refs.pull_requests or ()},
         )
 
+    def is_private(self, repo_id: str) -> bool:
+        """Return whether only members see the repository, as the Hub says now."""
+        info = self._caller.read(
+            f"read the visibility of {repo_id}", lambda: self._api.model_info(repo_id, token=self._login.token())
+        )
+        return bool(info.private)
+
     def read_manifest(self, repo_id: str, revision: str, tree: Tree | None = None) -> dict[str, Any] | None:
         """Return merge-manifest.json at `revision`, or None where there is none that is a JSON object.
 

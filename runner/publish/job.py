@@ -124,6 +124,9 @@ def _publish(run: Run, target: Target, verdict: Verdict) -> Release:
     hub, wanted = run.hub, run.wanted
     if not target.exists:
         _create(run)
+    must_be_private = wanted.private if target.private is None else target.private
+    if must_be_private:
+        _refuse_public(run, "Nothing of this release was sent.")
     refs = hub.refs(run.repo_id)
     tagged = refs.tags.get(wanted.tag)
     fresh = replace(target, tag_commit=tagged)
@@ -149,6 +152,8 @@ def _publish(run: Run, target: Target, verdict: Verdict) -> Release:
     else:
         release = replace(release, commit=_commit(run, ground, refs))
     run.standing = f"Commit {release.commit} of {run.repo_id} holds the whole release; {_tagless(run, tagged)}."
+    if must_be_private:
+        _refuse_public(run, "It was private when the run began.")
     _tag(run, release.commit, tagged)
     run.standing = _complete(release)
     _after_tag(hub, release, wanted, run.say, is_new=True)
@@ -165,6 +170,16 @@ def _create(run: Run) -> None:
         raise
     run.standing = f"The {kind} repository {run.repo_id} was created; it holds nothing of this release, no tag."
     run.say(f"Created the {kind} repository {run.repo_id}.")
+
+
+def _refuse_public(run: Run, so_far: str) -> None:
+    """Refuse a repository that is not private, though this run was to create it so or found it so."""
+    if not run.hub.is_private(run.repo_id):
+        raise PublishConflict(
+            f"{run.repo_id} is public, and must be private.",
+            why=f"Somebody else created it, or made it public, during this run. {so_far}",
+            fix="Make it private and run again; or, if it may be public, set `private: false` and run again.",
+        )
 
 
 def _head(run: Run, refs: Refs) -> str:
