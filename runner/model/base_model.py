@@ -190,22 +190,28 @@ def _assign(model: nn.Module, key: str, tensor: torch.Tensor) -> None:
 
 
 def _tie(model: PreTrainedModel, names: StoredNames) -> dict[str, str]:
-    # As transformers v5 does on loading: a target that is stored, too, and differs from its source is not tied.
+    """Tie the parameters as transformers v5 does on loading; return key → key of the stored tensor that it is.
+
+    A target that is stored, too, and differs from its source is not tied. Where the source is not stored, any other
+    key that is tied to it takes its place: T5 and BART are stored under any one of the names of their embeddings.
+    """
+    homes = {key: key for key in names.renamed}
+    pairs = list(model.all_tied_weights_keys.items())
     ties: dict[str, str] = {}
-    stored = names.renamed
-    for target, source in model.all_tied_weights_keys.items():
-        if target in stored and source in stored:
-            if not torch.equal(model.get_parameter(target), model.get_parameter(source)):
-                continue
-            first, second = target, source
-        elif source in stored:
-            first, second = target, source
-        else:
-            first, second = source, target
-        if second in stored:
-            path, _, name = first.rpartition(".")
-            model.get_submodule(path)._parameters[name] = model.get_parameter(second)
-            ties[first] = second
+    for number, (target, source) in enumerate(pairs):
+        if source not in homes and target in homes:
+            target, source = source, target  # noqa: PLW2901  (whichever is there)
+        elif source not in homes:
+            others = (key for key, origin in pairs[number + 1 :] if origin == source)
+            source = next((key for key in others if key in homes), source)  # noqa: PLW2901
+        home = homes.get(source)
+        if home is None or homes.get(target) == home:
+            continue
+        if target in homes and not torch.equal(model.get_parameter(target), model.get_parameter(home)):
+            continue
+        path, _, name = target.rpartition(".")
+        model.get_submodule(path)._parameters[name] = model.get_parameter(home)
+        ties[target] = homes[target] = home
     return ties
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ class Blueprint:
         keys: shapes by key of its state dict.
         stored: key → the one stored tensor that it is; keys made from several stored tensors are left out.
         conversion: how the keys that are no stored tensor are computed from some.
-        ties: key → key of the parameter that it shares, as the base's config has it.
+        ties: key → key of the parameter that it shares, as the base's config has it; a stored one, where any is.
         transposed: modules whose weight is stored as (in, out).
         embeddings: modules that look rows up.
         heads: keys that no tensor of the base makes: only the adapter can have them.
@@ -59,8 +59,8 @@ def read_blueprint(root: Path, tensors: Mapping[str, TensorInfo], task: Task) ->
     conversion = Conversion(found, shapes, lambda: task.empty(root))
     modules = dict(model.named_modules())
     keys = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    ties = dict(model.all_tied_weights_keys)
     made = {*found.renamed, *conversion.groups}
+    ties = _with_stored_origins(model.all_tied_weights_keys, made)
     made |= {key for pair in ties.items() if made & set(pair) for key in pair}
     return Blueprint(
         keys=keys,
@@ -72,6 +72,20 @@ def read_blueprint(root: Path, tensors: Mapping[str, TensorInfo], task: Task) ->
         heads=frozenset(keys.keys() - made) if task.departs else frozenset(),
         dropped=_dropped(root, list(tensors), task, found.unknown),
     )
+
+
+def _with_stored_origins(ties: Mapping[str, str], made: Collection[str]) -> dict[str, str]:
+    """Return the ties by an origin that the base stores.
+
+    transformers declares each group of tied parameters by one of them; where that one is not stored, the first of the
+    others that is takes its place.
+    """
+    origins = {
+        origin: next((key for key in (origin, *(tied for tied in ties if ties[tied] == origin)) if key in made), origin)
+        for origin in dict.fromkeys(ties.values())
+    }
+    groups = {key: origins[origin] for tied, origin in ties.items() for key in (origin, tied)}
+    return {key: origin for key, origin in groups.items() if key != origin}
 
 
 def _dropped(root: Path, names: Sequence[str], task: Task, unknown: Sequence[str]) -> frozenset[str]:
