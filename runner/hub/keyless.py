@@ -7,6 +7,7 @@ masker before anything else sees it, renewed before it expires, and kept in memo
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from urllib.parse import quote
 
 from runner.errors import AccessDenied, HubError
 from runner.hub.login import Given
-from runner.hub.translate import clean
+from runner.hub.translate import TRANSIENT, PassingError, clean
 from runner.hub.transport import Caller, Patience
 
 GRANT_TYPE = "urn:ietf:params:oauth:grant-type:token-exchange"
@@ -23,6 +24,16 @@ ID_TOKEN_TYPE = "urn:ietf:params:oauth:token-type:id_token"  # noqa: S105 (a nam
 LONGEST_MARGIN_S = 600.0
 DEFAULT_LIFETIME_S = 3600.0
 MAX_RENEWALS = 5
+
+# What OAuth (RFC 6749, RFC 8693) calls a refusal, and what it calls a fault that passes. The Hub answers
+# `invalid_grant` for its own time-outs too ("This operation was aborted"); there, only the description tells.
+_REFUSED = frozenset({"invalid_grant", "invalid_client", "unauthorized_client", "access_denied", "invalid_target"})
+_PASSING = frozenset({"server_error", "temporarily_unavailable", "slow_down"})
+_PASSING_WORDS = re.compile(
+    r"abort|time[d -]?\s?out|too many|rate.?limit|temporar|try again|unavailable|overload|internal (?:server )?error"
+    r"|fetch|cannot be reached|network|socket|connection|\bE(?:CONN[A-Z]+|TIMEDOUT|AI_AGAIN|PIPE)\b",
+    re.IGNORECASE,
+)
 
 
 class Keyless:
@@ -110,6 +121,8 @@ class Keyless:
 
         def ask() -> Any:
             answer = get_session().get(url, headers={"Authorization": f"Bearer {self._identity}"})
+            if answer.status_code in TRANSIENT:
+                raise PassingError(f"GitHub answered {answer.status_code}", answer)
             if answer.status_code in (400, 401, 403, 404):
                 raise AccessDenied(
                     f"GitHub gave this job no id token: it answered {answer.status_code}.",
@@ -133,7 +146,7 @@ class Keyless:
 
         def ask() -> Any:
             answer = get_session().post(f"{self._endpoint}/oauth/token", json=wanted)
-            if answer.status_code in (400, 401, 403, 404):
+            if 400 <= answer.status_code < 500 and answer.status_code not in TRANSIENT:
                 raise self._refused(answer)
             hf_raise_for_status(answer)
             return answer.json()
@@ -157,17 +170,34 @@ class Keyless:
         self._keep_secret(token)
         return token
 
-    def _refused(self, answer: Any) -> AccessDenied:
-        try:
-            told = answer.json()
-        except ValueError:
-            told = {}
-        reason = told.get("error_description") or told.get("error") if isinstance(told, dict) else None
-        said = f" ({clean(reason, self.secrets)})" if reason else ""
-        return AccessDenied(
-            f"The Hub gives this job no token for {self._repo_id}: it answered {answer.status_code}{said}.",
-            why="Only a workflow that the repository lists among its trusted publishers gets one, and the repository "
-            "must exist.",
-            fix="On the Hub, under Settings, Trusted Publishers, add this GitHub repository, workflow and branch; or "
-            "set `hf-token`.",
+    def _refused(self, answer: Any) -> Exception:
+        """Return the error for an answer with a 4xx: one that may pass, a refusal, or no answer of a Hub."""
+        code, said = _oauth_error(answer)
+        reason = clean(said or code, self.secrets)
+        told = f"answered {answer.status_code}" + (f" ({reason})" if reason else "")
+        if code in _PASSING or _PASSING_WORDS.search(said):
+            return PassingError(f"the Hub {told}", answer)
+        if code in _REFUSED or answer.status_code in (401, 403):
+            return AccessDenied(
+                f"The Hub gives this job no token for {self._repo_id}: it {told}.",
+                why="Only a workflow that the repository lists among its trusted publishers gets one, and the "
+                "repository must exist.",
+                fix="On the Hub, under Settings, Trusted Publishers, add this GitHub repository, workflow and branch; "
+                "or set `hf-token`.",
+            )
+        return HubError(
+            f"The Hub made no token for {self._repo_id}: it {told}.",
+            why="It does not take a job's identity for a token, or `hub-endpoint` is not a Hub.",
+            fix="Set `hf-token`, and check `hub-endpoint`.",
         )
+
+
+def _oauth_error(answer: Any) -> tuple[str, str]:
+    """Return `error` and `error_description` of an answer (RFC 6749), each "" where it has none."""
+    try:
+        told = answer.json()
+    except ValueError:
+        return "", ""
+    if not isinstance(told, dict):
+        return "", ""
+    return str(told.get("error") or ""), str(told.get("error_description") or "")

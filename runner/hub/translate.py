@@ -32,6 +32,15 @@ _XET_TOKEN = re.compile(r"/xet-(?:write|read)-token/")
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e\u00a0-\uffff]+")
 
 
+class PassingError(RuntimeError):
+    """An answer that only its asker can read, and that says that a later attempt may succeed."""
+
+    def __init__(self, answer: str, response: Any) -> None:
+        """Take what to tell, such as "GitHub answered 503", and the response, whose headers may say when to ask."""
+        super().__init__(answer)
+        self.response = response
+
+
 @lru_cache(maxsize=1)
 def client_errors() -> tuple[type[Exception], ...]:
     """Return what a call of the client can raise, network, protocol, upload, cache and malformed answers included."""
@@ -92,6 +101,8 @@ def translate(error: BaseException, *, doing: str, secrets: tuple[str, ...]) -> 
     kind = error.__class__.__name__
     if isinstance(error, errors.HfHubHTTPError):
         return _from_status(error, doing, secrets, uploading=uploading)
+    if isinstance(error, PassingError):
+        return _unavailable(doing, _quoted(error, secrets), "It is busy, limits the rate of requests, or is down.")
     if isinstance(error, OSError):  # the client's offline and cache errors are of this family too
         return _from_os(error, doing, secrets)
     transient = (httpx2.HTTPError, httpx2.InvalidURL, RuntimeError, json.JSONDecodeError)

@@ -121,4 +121,5 @@ def _injected(rule: Rule) -> refusals.RefusedError:
     headers = rule.headers
     if rule.status == 429 and not headers:
         headers = {"Retry-After": "1", "RateLimit": '"api";r=0;t=1'}
-    return refusals.RefusedError(rule.status, f"{_TEXTS.get(rule.status, 'Injected fault')}", headers=headers)
+    text = str(rule.body.get("error_description") or _TEXTS.get(rule.status, "Injected fault"))
+    return refusals.RefusedError(rule.status, text, extra=rule.body, headers=headers)

@@ -10,6 +10,9 @@ from fnmatch import fnmatch
 from threading import Lock
 
 FOREVER = 1 << 30
+# What the Hub answers, with a 400, when the exchange of an id token takes it more than ten seconds
+# (huggingface/hub-docs#2757).
+ABORTED: Mapping[str, object] = {"error": "invalid_grant", "error_description": "This operation was aborted"}
 
 
 class Kind(StrEnum):
@@ -62,6 +65,7 @@ class Rule:
         times: how many calls fail; `FOREVER` for all later ones.
         where: regular expression, searched in the raw path; calls that it does not fit are not counted.
         status: of the answer, for STATUS and APPLIED_STATUS.
+        body: keys of that answer's JSON, in place of the Hub's usual `error`.
         headers: more headers of that answer. Without any, a 429 says how long to wait (one second), as the Hub does.
         delay_s: for SLOW: seconds before anything is done.
         after_bytes: for RESET_IN.
@@ -75,6 +79,7 @@ class Rule:
     times: int = 1
     where: str = ""
     status: int = 503
+    body: Mapping[str, object] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     delay_s: float = 0.0
     after_bytes: int = 0

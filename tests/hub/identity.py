@@ -30,6 +30,7 @@ class IdentityProvider:
         self.claims = dict(claims)
         self.lifetime_s = LIFETIME_S
         self.minted = 0
+        self._refusals: list[int] = []
         self._key = Key.make()
         self._request_token = secrets.token_hex(16)
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -73,6 +74,10 @@ class IdentityProvider:
         self.minted += 1
         return sign({"iss": self.issuer, "aud": audience, **times, **self.claims, **more}, self._key)
 
+    def refuse(self, status: int, *, times: int) -> None:
+        """Answer the next `times` requests for an id token with `status`."""
+        self._refusals = [status] * times
+
     def env(self) -> dict[str, str]:
         """Return what a job with `permissions: id-token: write` has in its environment."""
         return {
@@ -105,6 +110,8 @@ class IdentityProvider:
             return 404, {"message": "not found"}
         if authorization != f"Bearer {self._request_token}":
             return 401, {"message": "unauthorized"}
+        if self._refusals:
+            return self._refusals.pop(), {"message": "refused on demand"}
         audience = parse_qs(place.query).get("audience", ["https://github.com/"])[0]
         return 200, {"count": 1, "value": self.mint(audience)}
 

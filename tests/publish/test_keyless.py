@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 
-from runner.errors import AccessDenied, HubUnavailable, PublishError
+from runner.errors import AccessDenied, HubError, HubUnavailable, PublishError
 from runner.hub import Hub, Keyless, connect
-from tests.hub.faults import FOREVER, Kind
+from tests.hub.faults import ABORTED, FOREVER, Kind
 from tests.hub.identity import IdentityProvider
 from tests.publish.test_faults import is_released
 from tests.publish.world import REPO, World, origin
@@ -147,6 +147,69 @@ def test_an_exchange_that_fails_is_tried_again(job: Job, kind: Kind) -> None:
     job.hub.fail("exchange", kind)
     assert job.publish().created
     assert is_released(job)
+
+
+def _said(text: str, error: str = "invalid_grant") -> dict[str, object]:
+    return {"error": error, "error_description": text}
+
+
+@pytest.mark.parametrize(
+    "status, body",
+    [
+        (400, ABORTED),
+        (400, _said("The operation was aborted due to timeout")),
+        (400, _said("Failed to fetch the keys of the issuer")),
+        (400, _said("request to the issuer failed, reason: connect ETIMEDOUT")),
+        (400, {"error": "temporarily_unavailable"}),
+        (400, {"error": "server_error"}),
+        (401, ABORTED),
+        *[(status, {}) for status in (408, 425, 429, 500, 502, 503, 504)],
+    ],
+)
+def test_an_exchange_that_the_hub_could_not_finish_is_asked_for_again(
+    job: Job, status: int, body: dict[str, object]
+) -> None:
+    job.hub.fail("exchange", status=status, body=body, times=2)
+    assert job.connect().refs(REPO)
+    assert job.calls("exchange") == 3
+
+
+def test_an_exchange_that_is_always_aborted_is_no_missing_publisher(job: Job) -> None:
+    job.hub.fail("exchange", status=400, body=ABORTED, times=FOREVER)
+    with pytest.raises(HubUnavailable, match=r"answered 400 \(This operation was aborted\)") as caught:
+        job.publish(before=lambda: pytest.fail("worked"))
+    assert "Trusted Publishers" not in str(caught.value)
+    assert 1 < job.calls("exchange") <= job.patience.attempts
+
+
+@pytest.mark.parametrize(
+    "status, body", [(400, {}), (400, _said("Unknown", "unsupported_grant_type")), (404, {}), (405, {})]
+)
+def test_a_hub_that_knows_no_trusted_publishers_is_told_so(job: Job, status: int, body: dict[str, object]) -> None:
+    job.hub.fail("exchange", status=status, body=body, times=FOREVER)
+    with pytest.raises(HubError, match="made no token") as caught:
+        job.publish(before=lambda: pytest.fail("worked"))
+    assert "Set `hf-token`" in str(caught.value)
+    assert job.calls("exchange") == 1
+
+
+def test_a_refusal_is_not_asked_for_again(job: Job) -> None:
+    job.provider.claims |= {"repository": "mallory/fork"}
+    with pytest.raises(AccessDenied, match="Trusted Publishers"):
+        job.connect().refs(REPO)
+    assert job.calls("exchange") == 1
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_github_that_is_busy_is_asked_again(job: Job, status: int) -> None:
+    job.provider.refuse(status, times=2)
+    assert job.connect().refs(REPO)
+
+
+def test_github_that_stays_down_is_named(job: Job) -> None:
+    job.provider.refuse(503, times=job.patience.attempts)
+    with pytest.raises(HubUnavailable, match="GitHub answered 503"):
+        job.publish()
 
 
 def test_an_identity_provider_that_is_gone_ends_in_an_error(job: Job) -> None:
