@@ -18,6 +18,7 @@ from runner.companions.files import TOKENIZER_FILES, find_companions, read_confi
 from runner.companions.notes import check_tokenizer, companion_notes
 from runner.inputs.combination import Combination
 from runner.inputs.rounding import Rounding
+from runner.merge.trial import check_merges
 from runner.merge.units import Unit, find_changes, find_units
 from runner.model.attach import Attached, attach
 from runner.plan import Plan, make_plan
@@ -64,7 +65,7 @@ def prepare(
 
     Raises:
         RunnerError: either folder is damaged, or they cannot be merged exactly; see `read_checkpoint`,
-            `read_adapter`, `check_combinable`, `attach` and `find_changes`.
+            `read_adapter`, `check_combinable`, `attach`, `check_merges` and `find_changes`.
     """
     checkpoint = read_checkpoint(base)
     validated = [read_adapter(adapter) for adapter in adapters]
@@ -73,6 +74,7 @@ def prepare(
     only_plans = only_plans and combination is not None
     attached = attach(checkpoint, *validated, combination=combination, only_plans=only_plans)
     units = find_units(attached)
+    check_merges(attached, units)
     changes = find_changes(attached, units)
     edits = dict(changes.config_edits)
     if dtype != "auto":

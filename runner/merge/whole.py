@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from runner.checkpoint.conversion import Group
 from runner.checkpoint.reader import Reader
-from runner.errors import UnsupportedAdapter
+from runner.merge.trial import unload
 from runner.merge.units import Unit, changed_keys, find_clusters, held_keys
 from runner.model.attach import Attached
 from runner.model.base_model import irreversible
@@ -74,7 +73,7 @@ class UnitMerger:
         try:
             for key, tensor in held.items():
                 tensor.data = bases[key] if key in bases else self._pristine(key, originals[key])
-            merged = self._unload(unit)
+            merged = unload(unit.path, unit.module)
             values = {**dict(merged.named_parameters()), **dict(merged.named_buffers())}
             return {key: values[unit.relative(key)].detach() for key in changed_keys(unit, self._attached)}
         finally:
@@ -109,26 +108,6 @@ class UnitMerger:
         info = self._attached.checkpoint.tensors[names.get(key) or names[self._attached.ties[key]]]
         value = self._reader.read(info)  # freshly allocated
         return value.float() if value.is_floating_point() else value
-
-    def _unload(self, unit: Unit) -> nn.Module:
-        # PEFT's BaseTuner._unload_and_optionally_merge, for this module alone.
-        module = unit.module
-        try:
-            with torch.no_grad():
-                if hasattr(module, "unload_and_optionally_merge_module"):
-                    merged: nn.Module = module.unload_and_optionally_merge_module(
-                        merge=True, safe_merge=False, adapter_names=None
-                    )
-                else:
-                    module.merge(safe_merge=False, adapter_names=None)
-                    merged = module.get_base_layer()
-        except (NotImplementedError, ValueError, RuntimeError, TypeError) as error:
-            raise UnsupportedAdapter(
-                f"PEFT cannot merge {unit.path!r}: {str(error).strip()[:300]}",
-                why=f"{type(module).__name__} has no merge for these options.",
-                fix="Release the adapter unmerged, or train it without the option that the message names.",
-            ) from error
-        return merged
 
 
 def _copy(value: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils.save_and_load import set_peft_model_state_dict
+from torch import nn
 from transformers import PreTrainedModel
 
 from runner.adapter.folder import CONFIG_FILE, WEIGHTS_FILE, Adapter
@@ -35,7 +36,8 @@ from runner.model.base_model import Base, open_base
 from runner.model.combined import combine
 from runner.model.expert_packing import as_peft_packs
 from runner.model.forms import first_line
-from runner.model.placed import check_copies, is_repeated, mark, repeats, replaced, untrained, widen
+from runner.model.heads import PREFIX
+from runner.model.placed import check_copies, is_repeated, is_wrapper, mark, repeats, replaced, untrained, widen
 
 ADAPTER_NAME = "default"
 
@@ -113,7 +115,7 @@ def attach(
     before = {key: mark(tensor) for key, tensor in parameters.items()}
     namings = [name_adapter(model, one.config, one.tensors) for one in adapters]
     if combination is None:
-        peft_model = _wrap(model, _peft_config(adapter, namings[0]), adapter, ADAPTER_NAME)
+        peft_model = _wrap(model, _peft_config(adapter, namings[0]), adapter, ADAPTER_NAME, namings[0].names.values())
         placed, packing = _load(peft_model, adapter, ADAPTER_NAME, namings[0].names, _unknown(base))
     else:
         peft_model = _wrap_several(model, adapters, namings, only_plans=only_plans)
@@ -181,7 +183,7 @@ def _wrap_several(
     names = [f"part_{number}" for number in range(1, len(adapters) + 1)]
     peft_model: PeftModel | None = None
     for name, adapter, naming in zip(names, adapters, namings, strict=True):
-        peft_model = _wrap(peft_model or model, _peft_config(adapter, naming), adapter, name)
+        peft_model = _wrap(peft_model or model, _peft_config(adapter, naming), adapter, name, naming.names.values())
         placed, _ = _load(peft_model, adapter, name, naming.names, frozenset())
         extra = [key for key in placed if f".{name}" not in key]
         if lost := [key for key in extra if not (only_plans and ".base_layer." in key)]:  # no base to compare it with
@@ -194,8 +196,10 @@ def _wrap_several(
     return peft_model
 
 
-def _wrap(model: PreTrainedModel | PeftModel, config: PeftConfig, adapter: Adapter, name: str) -> PeftModel:
-    """Return the model with an empty adapter `name` on it, beside those that it has."""
+def _wrap(
+    model: PreTrainedModel | PeftModel, config: PeftConfig, adapter: Adapter, name: str, names: Iterable[str]
+) -> PeftModel:
+    """Return the model with an empty adapter `name` on it, beside those that it has; its tensors are called `names`."""
     wrapped: PeftModel
     try:
         with warnings.catch_warnings():
@@ -208,12 +212,32 @@ def _wrap(model: PreTrainedModel | PeftModel, config: PeftConfig, adapter: Adapt
                     model, config, name, autocast_adapter_dtype=True, low_cpu_mem_usage=False
                 )
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, NotImplementedError, ImportError) as error:
+        if _leads_to_modules(model, names):
+            raise UnsupportedAdapter(
+                f"PEFT cannot put the adapter on {type(model).__name__}: {first_line(error)}",
+                why="The base has all the modules that the adapter names, and the installed PEFT refuses one of them.",
+                fix="Release the adapter unmerged, or train it without the modules or options that the message names.",
+            ) from error
         raise AdapterMismatch(
             f"PEFT cannot put the adapter on {type(model).__name__}: {first_line(error)}",
             why=f"The adapter says that it was trained on {adapter.base_model!r}.",
             fix="Set `base-model` to the model that the adapter was trained on.",
         ) from error
     return wrapped.eval()
+
+
+def _leads_to_modules(model: nn.Module, names: Iterable[str]) -> bool:
+    """Return whether every tensor belongs to a module of the base that holds no other, or that PEFT wrapped already."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name in names:
+        module: nn.Module = inner
+        for part in name.removeprefix(PREFIX).split("."):
+            if is_wrapper(module) or part not in module._modules:
+                break
+            module = module.get_submodule(part)
+        if module is inner or (not is_wrapper(module) and any(True for _ in module.children())):
+            return False
+    return True
 
 
 def _load(

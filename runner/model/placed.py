@@ -149,10 +149,17 @@ def base_tensor(unit: nn.Module, name: str) -> torch.Tensor:
     return found if found is not None else module.get_buffer(last)
 
 
+def is_wrapper(module: nn.Module) -> bool:
+    """Return whether PEFT put the module in the place of one of the base's."""
+    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+
+
 def _bare(module: nn.Module) -> nn.Module:
-    while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-        is_tuner = isinstance(module, BaseTunerLayer)
-        module = module.get_base_layer() if is_tuner else module.get_submodule("original_module")
+    while is_wrapper(module):
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        else:
+            module = module.get_submodule("original_module")
     return module
 
 

@@ -26,7 +26,7 @@ from runner.errors import (
 from runner.inputs.combination import Combination, Several
 from runner.merge.prepare import prepare
 from runner.verify.judge import judge
-from tests.parity import models
+from tests.parity import models, structures
 from tests.parity.pipeline import run_merge
 
 WEIGHTS = "adapter_model.safetensors"
@@ -64,6 +64,27 @@ class Case:
     by_judge: str = ""
 
 
+BAMBA = "BambaForCausalLM"
+_BAMBA = {
+    **structures.TEXT, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8,
+    "mamba_n_groups": 1, "mamba_chunk_size": 8, "mamba_expand": 2,
+}  # fmt: skip
+
+
+def _beside(*damages: Damage) -> Damage:
+    def change(folder: Path) -> None:
+        for damage in damages:
+            damage(folder)
+
+    return change
+
+
+def _with_out_proj(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Add what a PEFT before 0.15 trained on Mamba's last projection."""
+    under = "base_model.model.backbone.layers.0.mixer.out_proj"
+    return {**tensors, f"{under}.lora_A.weight": torch.ones(4, 64), f"{under}.lora_B.weight": torch.ones(32, 4)}
+
+
 REFUSED = {
     "a task that nobody knows": Case(
         "task type is 'DANCE'", UnsupportedAdapter, damage=_config(task_type="DANCE")
@@ -83,6 +104,17 @@ REFUSED = {
         "PEFT cannot put the adapter on", AdapterMismatch, build=models.mixtral,
         lora=_lora(target_parameters=["mlp.experts.down_proj"]),
         damage=_config(target_modules=["nothing"], target_parameters=["mlp.experts.nothing"]),
+        by_judge="PEFT cannot put the adapter on the base",
+    ),
+    "a convolution in groups": Case(
+        r"PEFT cannot merge 'model\.layers\.0\.mamba\.conv1d'", UnsupportedAdapter,
+        build=lambda: structures.build(BAMBA, _BAMBA),
+        lora=_lora(target_modules=["conv1d"], r=80),
+    ),
+    "a module that PEFT refuses in Mamba": Case(
+        "PEFT cannot put the adapter on MambaForCausalLM.*incompatible", UnsupportedAdapter,
+        build=lambda: structures.build("MambaForCausalLM"), lora=_lora(target_modules=["in_proj"]),
+        damage=_beside(_config(target_modules=["in_proj", "out_proj"]), _tensors(_with_out_proj)),
         by_judge="PEFT cannot put the adapter on the base",
     ),
 }  # fmt: skip
@@ -262,3 +294,14 @@ def test_weights_beyond_float32_are_refused(plain: Path, tmp_path: Path) -> None
 
     with pytest.raises(AdapterMismatch, match="PEFT cannot combine the adapters"):
         run_merge(plain / "base", several, tmp_path / "merged")
+
+
+def test_the_fix_for_a_layer_that_peft_refuses_names_no_other_base(tmp_path: Path) -> None:
+    case = REFUSED["a module that PEFT refuses in Mamba"]
+    base = models.save_base(case.build(), tmp_path / "base", dtype=torch.bfloat16)
+    adapter = models.save_adapter(base, tmp_path / "adapter", case.lora)
+    case.damage(adapter)
+
+    with pytest.raises(UnsupportedAdapter) as raised:
+        prepare(base, adapter, dtype="auto")
+    assert "base-model" not in raised.value.problem.fix
