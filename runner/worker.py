@@ -119,6 +119,7 @@ def run(job: Job, emit: Emit, device: str = "cpu") -> None:
             else Several(paths=job.adapters, combination=job.combination),
             merged=job.merged,
             dtype=job.dtype,
+            made_here=job.merges,
             rounding=job.rounding,
             prompts=job.prompts,
             evaluation=job.evaluation,

@@ -1,14 +1,17 @@
 """Storage: every stored element, read again from disk, is the exact sum E correctly rounded.
 
-A touched element x' passes when its bits are those of round(E), or when |x' − E| <= ½ ulp(E) + noise, with the ulp of
-the output dtype and the bound of `runner.verify.exact` on a right float32 computation. The bits are compared first;
-the bound is only computed for what differs. Where values are rounded by chance, round(E) is the neighbour of E that
-the draw chooses, and the bound is `runner.verify.chance`'s. An untouched tensor must have the base's very bytes, or,
-when another output dtype was asked for, the base's values rounded once. There is no other tolerance.
+A touched element x' passes when its bits are those of round(E), or when it lies between the roundings of E − noise and
+E + noise, with the bound of `runner.verify.exact` on a right float32 computation: rounding is monotonic, so no right
+computation is outside. Where E is a copy, nothing is computed, and only the bits of round(E) pass. The bits are
+compared first; the bound is only computed for what differs. Where values are rounded by chance, round(E) is the
+neighbour of E that the draw chooses, and the bound is `runner.verify.chance`'s. An untouched tensor must have the
+base's very bytes, or, when another output dtype was asked for, the base's values rounded once. There is no other
+tolerance.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,7 +132,7 @@ def same_exact(left: Exact, right: Exact) -> bool:
 def is_right(
     found: torch.Tensor, exact: Exact, start: int, wanted: torch.Tensor, dtype: str, chance: Chance | None = None
 ) -> torch.Tensor:
-    """Return where `found` is within half an ulp of E plus the bound on a right float32 computation; NaN for NaN is.
+    """Return where `found` is what a right float32 computation of E can be rounded to; NaN for NaN is.
 
     Args:
         found: values, in any float dtype.
@@ -146,13 +149,13 @@ def _hold_against(
     found: torch.Tensor, exact: Exact, start: int, wanted: torch.Tensor, dtype: str, chance: Chance | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `is_right` of the same arguments, and the distance from E in units in the last place."""
-    error, half = (found - wanted).abs_(), ulp(wanted, dtype).mul_(0.5)  # in float64, as E is
+    error = (found - wanted).abs_().div_(ulp(wanted, dtype))  # in float64, as E is
     noise = exact.noise(start, start + len(wanted), output_is_float32=dtype == "F32")
     if chance is None:
-        right = error <= half + noise
+        right = (found >= round_to(wanted - noise, dtype)) & (found <= round_to(wanted + noise, dtype))
     else:
         right = chance.accepts(found, wanted, noise, dtype, first_index(wanted, start))
-    return right | (torch.isnan(wanted) & torch.isnan(found)), error.div_(half).mul_(0.5)
+    return right | (torch.isnan(wanted) & torch.isnan(found)), error
 
 
 def rounded_rows(wanted: torch.Tensor, start: int, dtype: str, chance: Chance | None) -> torch.Tensor:
@@ -182,6 +185,8 @@ def _compare_block(  # noqa: PLR0917 (what there is to know of one block)
     if not bool(differs.any()):
         return
     right, distance = _hold_against(stored, exact, start, wanted, info.dtype, chance)
+    if exact.is_copy and chance is None:  # not even the sign of a zero may change
+        right = torch.isnan(wanted) & torch.isnan(stored)
     _record(result, info, start, _Block(bad=differs & ~right, expected=rounded, found=stored, ulps=distance))
 
 
@@ -254,11 +259,14 @@ def _measure_delta(result: Comparison, wanted: torch.Tensor, stored: torch.Tenso
     plain = base.to(stored.dtype)
     base = base.double()
     delta = (wanted - base).float().flatten()
-    result.gauge.measure(wanted, base, delta)
     kept = stored.double().sub_(base).float().flatten()
-    result.changed += int(torch.count_nonzero(stored != plain))
+    for sums in (delta, kept):  # rows of the base that are NaN say nothing of a change
+        if not math.isfinite(float(torch.dot(sums, sums))):
+            sums.nan_to_num_(0.0, 0.0, 0.0)
+    result.gauge.measure(wanted, base, delta)
+    result.changed += int(torch.count_nonzero((stored != plain) & ~(torch.isnan(stored) & torch.isnan(plain))))
     result.kept += float(torch.dot(kept, delta))
     result.delta_squared += float(torch.dot(delta, delta))
     result.moved_squared += float(torch.dot(kept, kept))
-    base = base.float().flatten()
+    base = base.float().flatten().nan_to_num_(0.0, 0.0, 0.0)
     result.base_squared += float(torch.dot(base, base))

@@ -10,16 +10,21 @@ order, fused or not:
     u·|E|                                   the sum W + Δ as float32, before it is rounded to 16 bits
 
 so noise = u·((min(r, 8√r) + 2)·|s|·Σ|b||a| + |E|), and without the last term when the output itself is float32: there
-it is the one rounding that the half ulp stands for. It scales with what was accumulated, so it neither flags a right
-merge of high rank nor hides a wrong one: in 16 bits it is a small part of an ulp. In float32 it is about one ulp at
-rank 16, and some ulp at rank 64 or where W and Δ cancel: a change of one element by that much cannot be told from
-arithmetic.
+it is the one rounding to the output, which `runner.verify.elements` does itself. It scales with what was accumulated,
+so it neither flags a right merge of high rank nor hides a wrong one: in 16 bits it is a small part of an ulp. In
+float32 it is about one ulp at rank 16, and some ulp at rank 64 or where W and Δ cancel: a change of one element by
+that much cannot be told from arithmetic.
+
+Where nothing is computed (`is_copy`: a saved module, a norm that was trained, a base's tensor) there is no noise, and
+round(E) is the only right value. The same goes for single elements that a method leaves alone, such as the rows of
+other tokens.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -27,9 +32,11 @@ import torch
 
 from runner.checkpoint.layout import TensorInfo
 from runner.verify.recipe import LowRank
-from runner.verify.tensors import read_rows, read_tensor
+from runner.verify.tensors import read_rows, read_tensor, row_blocks, ulp
 
 UNIT = 2.0**-24 * 1.001  # u, with room for its own second-order terms
+ENOUGH_ELEMENTS = 1024  # to see the largest error of a method's arithmetic; with fewer, at least `FEWEST_UNITS`
+FEWEST_UNITS = 8 * UNIT
 ReadRows = Callable[[int, int], torch.Tensor]
 
 
@@ -37,6 +44,11 @@ class Exact(Protocol):
     """E of one parameter."""
 
     shape: tuple[int, ...]
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether E is stored somewhere as it is, so that a right merge computes nothing."""
+        ...
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Return rows of E: float64, shape (stop - start, ...)."""
@@ -49,6 +61,8 @@ class Exact(Protocol):
 
 class ExactLowRank:
     """E = W + s·B·A, with A and B in memory and W read as needed."""
+
+    is_copy = False
 
     def __init__(self, *, base: ReadRows, shape: tuple[int, ...], a: torch.Tensor, b: torch.Tensor, scaling: float):
         """Take W's reader, W's shape, and A (rank, columns) and B (rows, rank) so that E = W + scaling·(B·A)."""
@@ -85,6 +99,8 @@ class ExactLowRank:
 class ExactShift:
     """E = W + s·v for a vector: a LoRA bias. Two float32 roundings before the last one: s, and its product."""
 
+    is_copy = False
+
     def __init__(self, *, base: ReadRows, shape: tuple[int, ...], vector: torch.Tensor, scaling: float):
         """Take W's reader and shape, v of the same shape, and s."""
         self.shape = shape
@@ -106,6 +122,8 @@ class ExactShift:
 class ExactStored:
     """E is a stored tensor; rounding it is all that may happen."""
 
+    is_copy = True
+
     def __init__(self, root: Path, tensor: TensorInfo):
         """Take the folder and the tensor in it."""
         self.shape = tensor.shape
@@ -125,8 +143,19 @@ class ExactFromPeft:
     """E as PEFT's own layer merges it in float64, beside the same merge in float32.
 
     There is no closed form to derive a bound from, so the noise is measured: the distance of PEFT's float32 merge
-    (the reference of a right merge) from its float64 merge, four times, plus 2^-21·(|W| + |E|), which is 1/16384 of a
-    bf16 ulp and four float32 ulp (2^-22, two of them, when the output is float32).
+    (the reference of a right merge) from its float64 merge, four times, plus a floor. To 16 bits the floor is
+    2^-21·(|W| + |E|), 1/16384 of a bf16 ulp. When the output is float32, it is what another order of PEFT's own
+    operations (more threads, another processor) can cause:
+
+    - the last rounding is the output's own, so of each distance only what is above half an ulp counts: excess. A method
+      whose merge is one multiplication (IA3) has none;
+    - max over the tensor of excess / (|Δ| + rms Δ) is how many units the method's arithmetic was off by here, relative
+      to the change that it computes. Another order draws from the same distribution; twice that is allowed;
+    - never more than 2^-22·(|W| + |E|), two to four float32 ulp: a chain of roundings of W and E themselves, as in DoRA
+      and rotations.
+
+    Where float64 and float32 agree in every element, nothing was computed: a copy. Where both are W, the element is
+    untouched, and has no noise either.
     """
 
     def __init__(self, *, exact: torch.Tensor, single: torch.Tensor, base: torch.Tensor):
@@ -135,6 +164,33 @@ class ExactFromPeft:
         self._exact = exact
         self._single = single
         self._base = base
+
+    @cached_property
+    def is_copy(self) -> bool:
+        """Whether float64 and float32 agree in every element."""
+        single = self._single.view(self.shape or (1,))
+        return all(bool((single[slice(*block)] == self.rows(*block)).all()) for block in row_blocks(self.shape))
+
+    @cached_property
+    def _units(self) -> tuple[float, float]:
+        """Return (largest excess / (|Δ| + rms Δ), rms Δ); (inf, 0.0) where nothing changes and yet is computed."""
+        typical = math.sqrt(sum(float(self._change(*block).square().sum()) for block in row_blocks(self.shape)))
+        typical /= math.sqrt(max(1, self._exact.numel()))
+        if not 0 < typical < math.inf:
+            return math.inf, 0.0
+        worst = max(
+            float((self._excess(*block) / (self._change(*block).abs() + typical)).max())
+            for block in row_blocks(self.shape)
+        )
+        return max(worst, FEWEST_UNITS if self._exact.numel() < ENOUGH_ELEMENTS else 0.0), typical
+
+    def _change(self, start: int, stop: int) -> torch.Tensor:
+        return self.rows(start, stop) - self._base.view(self.shape or (1,))[start:stop].double()
+
+    def _excess(self, start: int, stop: int) -> torch.Tensor:
+        exact = self.rows(start, stop)
+        single = self._single.view(self.shape or (1,))[start:stop].double()
+        return ((single - exact).abs() - 0.5 * ulp(exact, "F32")).clamp(min=0.0)
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Return rows of E in float64."""
@@ -145,8 +201,16 @@ class ExactFromPeft:
         exact = self.rows(start, stop)
         single = self._single.view(self.shape or (1,))[start:stop].double()
         base = self._base.view(self.shape or (1,))[start:stop].double()
-        floor = 2.0**-22 if output_is_float32 else 2.0**-21
-        return 4 * (single - exact).abs() + floor * (base.abs() + exact.abs())
+        if self.is_copy:
+            return torch.zeros((), dtype=torch.float64)
+        if not output_is_float32:
+            return 4 * (single - exact).abs() + 2.0**-21 * (base.abs() + exact.abs())
+        floor = 2.0**-22 * (base.abs() + exact.abs())
+        units, typical = self._units
+        if math.isfinite(units):
+            floor = torch.minimum(floor, 2 * units * ((exact - base).abs() + typical))
+        is_untouched = (exact == base) & (single == base)
+        return (4 * self._excess(start, stop) + floor).masked_fill(is_untouched, 0.0)
 
 
 def low_rank(

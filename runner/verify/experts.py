@@ -52,6 +52,8 @@ class ExpertRule:
 class ExactExperts:
     """E of a stack that is stored as one tensor; rows are experts."""
 
+    is_copy = False
+
     def __init__(self, base: Stored, rule: ExpertRule, recipe: Recipe):
         """Take W as stored, and the rule."""
         self.shape = base.info.shape

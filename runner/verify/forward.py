@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from runner.verify.media import read_media
 from runner.verify.prompts import TokenSequence
@@ -65,6 +67,21 @@ def outputs_of(model: Any, sequence: TokenSequence, device: str, dtype: torch.dt
     output = model(**inputs)
     found = [output[name] for name in _OUTPUTS if isinstance(output.get(name), torch.Tensor)]
     return torch.cat([_rows(tensor) for tensor in found]).float().cpu()
+
+
+def without_common_nan(outputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return outputs by variant, with zero where every variant has NaN.
+
+    Rows of a head that no token needs may hold NaN in the base, and then in every right merge of it. A NaN that one of
+    them has alone stays one.
+    """
+    width = min(output.shape[-1] for output in outputs.values())  # a head that was resized has more
+    if not all(bool(output.isnan().any()) for output in outputs.values()):
+        return dict(outputs)
+    common = torch.stack([output[:, :width].isnan() for output in outputs.values()]).all(dim=0)
+    return {
+        name: output.masked_fill(pad(common, (0, output.shape[-1] - width)), 0.0) for name, output in outputs.items()
+    }
 
 
 @dataclass(slots=True, kw_only=True)

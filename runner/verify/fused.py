@@ -22,6 +22,8 @@ from runner.verify.tensors import read_tensor, row_count
 class ExactConverted:
     """E of a stored tensor as transformers converts E of the parameters back; whole in memory."""
 
+    is_copy = False
+
     def __init__(self, exact: torch.Tensor, noises: tuple[torch.Tensor, torch.Tensor]):
         """Take E, and the bound on a right computation for a 16-bit and for a float32 output, of E's shape."""
         self.shape = tuple(exact.shape)
@@ -39,6 +41,8 @@ class ExactConverted:
 
 class ExactValue:
     """E is a value in memory that nothing changes; rounding it is all that may happen."""
+
+    is_copy = True
 
     def __init__(self, value: torch.Tensor):
         """Take the value."""

@@ -29,6 +29,7 @@ from runner.verify.figures import Alternative
 from runner.verify.gates import loosen, quality_checks
 from runner.verify.modules import Probe
 from runner.verify.outputs import judge_outputs
+from runner.verify.own_dtype import own_dtype, told
 from runner.verify.prompts import make_questions
 from runner.verify.storage import Storage, compare_storage, judge_storage
 from runner.verify.structure import judge_structure
@@ -61,6 +62,7 @@ def judge(  # noqa: PLR0913 (all by name; each is a fact that only the caller ha
     adapter: Path | Several,
     merged: Path,
     dtype: str,
+    made_here: bool = True,
     rounding: Rounding | None = None,
     prompts: Sequence[str] = (),
     evaluation: Evaluation | None = None,
@@ -76,6 +78,7 @@ def judge(  # noqa: PLR0913 (all by name; each is a fact that only the caller ha
         adapter: folder of the adapter; or several, and how they are combined.
         merged: folder to be judged.
         dtype: what the merge was asked for: "auto" (each tensor keeps its own), "bfloat16", "float16", "float32".
+        made_here: whether it was; of others' merges "auto" is what the folder says (`runner.verify.own_dtype`).
         rounding: that the merge was asked for; to the nearest by default.
         prompts: the user's; texts, or chats as the JSON object {"messages": [...]}.
         evaluation: on a text and tasks of the user's.
@@ -89,15 +92,17 @@ def judge(  # noqa: PLR0913 (all by name; each is a fact that only the caller ha
         AdapterError: the adapter cannot be used, or is not for this base.
     """
     start = time.monotonic()
-    read_checkpoint(base)  # a base that cannot be read is the input's error, whatever the merged folder is
+    plain = read_checkpoint(base)  # a base that cannot be read is the input's error, whatever the merged folder is
     found = _read(merged)
     if isinstance(found, Check):
         return _verdict(_unreadable(merged, found), seed, start)
-    with open_case(base, adapter, dtype=dtype, rounding=rounding, seed=seed, on_progress=on_progress) as case:
+    taken = own_dtype(plain, found) if dtype == "auto" and not made_here else dtype
+    with open_case(base, adapter, dtype=taken, rounding=rounding, seed=seed, on_progress=on_progress) as case:
         verdict = judge_merge(
             case, merged, prompts=prompts, evaluation=evaluation, limits=limits, device=device, on_progress=on_progress
         )
-    return replace(verdict, wall_s=time.monotonic() - start)
+    checks = verdict.checks if taken == dtype else (told(taken), *verdict.checks)
+    return replace(verdict, checks=checks, wall_s=time.monotonic() - start)
 
 
 def judge_merge(  # noqa: PLR0913 (all by name)

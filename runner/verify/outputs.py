@@ -25,7 +25,7 @@ import torch
 
 from runner.verify.continuations import continue_texts
 from runner.verify.filling import Filling
-from runner.verify.forward import Errors, generates, has_decoder, outputs_of, predicts_tokens
+from runner.verify.forward import Errors, generates, has_decoder, outputs_of, predicts_tokens, without_common_nan
 from runner.verify.loader import Loaded, load_folder
 from runner.verify.models import LOAD_ERRORS, first_line
 from runner.verify.native import Gold
@@ -95,6 +95,9 @@ def judge_outputs(
     models = Models(unmerged=unmerged, loaded=loaded, filling=Filling(loaded, sources, targets), device=device)
     try:
         found = _compare(models, questions, lambda share: on_progress(0.7 * share))
+        if not found.has_numbers:
+            checks.append(_without_outputs("it computes nothing but NaN"))
+            return Outputs(checks=tuple(checks), quality=None, continuations=())
         checks.append(_rounded(models, questions))
         _look_twice(models, questions, found)
         checks.append(_claim(UNROUNDED, found.exact, models.filling.misplaced))
@@ -109,13 +112,14 @@ def judge_outputs(
     return Outputs(checks=tuple(checks), quality=quality, continuations=continuations, gold=found.tally.gold)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class _Found:
-    """What one pass over all sequences gave."""
+    """What one pass over all sequences gave; `has_numbers` where the base computes something else than NaN."""
 
     tally: Tally
     exact: Errors
     numbers: list[int] = field(default_factory=list)  # of the sequences in `exact`, in its order
+    has_numbers: bool = False
 
 
 def _compare(models: Models, questions: Questions, on_stage: Callable[[float], None]) -> _Found:
@@ -127,8 +131,10 @@ def _compare(models: Models, questions: Questions, on_stage: Callable[[float], N
     has_text = any(sequence.is_text for sequence in questions.sequences)
     changes = () if models.filling.misplaced else ("exact",)
     stream = Stream(origins=(models.base, models.merged(*changes)), device=models.device, on_stage=on_stage)
-    for number, made in stream.results(_tasks(models, questions.sequences)):
+    for number, outputs in stream.results(_tasks(models, questions.sequences)):
         sequence = questions.sequences[number]
+        found.has_numbers |= not bool(outputs["base"].isnan().all())
+        made = without_common_nan(outputs)
         if changes and sequence.purpose is Purpose.COMPARISON:
             found.exact.add(made["unmerged"], made["exact"], sequence.label)
             found.numbers.append(number)
@@ -151,7 +157,8 @@ def _look_twice(models: Models, questions: Questions, found: _Found) -> None:
     sequences = [questions.sequences[found.numbers[place]] for place in places]
     dtype = torch.float64
     stream = Stream(origins=(models.base, models.merged("exact")), device=models.device, dtype=dtype)
-    for number, made in stream.results(_tasks(models, sequences, dtype)):
+    for number, outputs in stream.results(_tasks(models, sequences, dtype)):
+        made = without_common_nan(outputs)
         found.exact.replace(places[number], made["unmerged"], made["exact"])
 
 
@@ -162,13 +169,17 @@ def _stopped(models: Models, questions: Questions, problem: str) -> Check:
         for _ in stream.results(_tasks(models, questions.sequences)):
             pass
     except LOAD_ERRORS as error:
-        return Check(
-            layer=Layer.END_TO_END,
-            name="the models run",
-            outcome=Outcome.SKIPPED,
-            detail=f"The base itself does not run on what the judge can give it: {first_line(error)}",
-        )
+        return _without_outputs(first_line(error))
     return _check("the folder's model runs", problem)
+
+
+def _without_outputs(reason: str) -> Check:
+    return Check(
+        layer=Layer.END_TO_END,
+        name="the models run",
+        outcome=Outcome.SKIPPED,
+        detail=f"The base itself does not run on what the judge can give it: {reason}",
+    )
 
 
 def _rounded(models: Models, questions: Questions) -> Check:
@@ -176,7 +187,8 @@ def _rounded(models: Models, questions: Questions) -> Check:
     errors = Errors(is_language=predicts_tokens(models.loaded.model))
     if models.filling.differs:
         stream = Stream(origins=(models.merged("rounded"),), device=models.device)
-        for number, made in stream.results(_tasks(models, questions.compared)):
+        for number, outputs in stream.results(_tasks(models, questions.compared)):
+            made = without_common_nan(outputs)
             errors.add(made["merged"], made["rounded"], questions.compared[number].label)
     return _claim(ROUNDED, errors, models.filling.misplaced)
 

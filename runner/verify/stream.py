@@ -126,6 +126,7 @@ class Stream:
             stack.enter_context(quiet())
             stack.enter_context(torch.no_grad())
             stack.callback(torch.set_num_threads, threads)
+            stack.enter_context(torch.random.fork_rng(devices=[]))
             forwards = {}
             for variant in self.variants:
                 stack.enter_context(emptied(variant.places, self.device, self.dtype))
@@ -147,7 +148,7 @@ class Stream:
     def _advance(
         self, runs: dict[Key, Run], forwards: Mapping[int, Mapping[str, Callable[..., Any]]], tasks: Sequence[Task]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        waiting = {key: run.advance() for key, run in runs.items()}
+        waiting = {key: _go_on(key, run) for key, run in runs.items()}
         order = list(dict.fromkeys(number for number, _ in runs))
         passed = 0
         while order:
@@ -195,7 +196,9 @@ class Stream:
                         while call is not None and call.path == path:
                             if any(_is_empty(given) for given in (*call.args, *call.kwargs.values())):
                                 raise RuntimeError(f"{path} is given a tensor on the meta device")
-                            call = runs[key].advance(forward(*call.args, **call.kwargs))
+                            torch.manual_seed(key[0])
+                            output = forward(*call.args, **call.kwargs)
+                            call = _go_on(key, runs[key], output)
                         waiting[key] = call
             values.clear()  # before the next origin is read
 
@@ -239,6 +242,12 @@ def _waves(tasks: Sequence[Task]) -> Iterator[list[int]]:
         tokens += task.tokens
     if wave:
         yield wave
+
+
+def _go_on(key: Key, run: Run, output: Any = None) -> Call | None:
+    """Advance a run; what its model draws at random is the same in every variant, as Reformer does in evaluation."""
+    torch.manual_seed(key[0])
+    return run.advance(output)
 
 
 def _bound(task: Task, variant: Variant) -> Callable[[], Any]:

@@ -137,12 +137,14 @@ def test_ratios_of_small_sums() -> None:
     assert (small.retention, small.delta_ratio) == (0.5, 2.0)
 
 
-def test_the_middle_between_two_numbers_may_go_either_way_only_where_the_adapter_acts(tmp_path: Path) -> None:
+def test_the_middle_between_two_numbers_may_go_either_way_only_where_the_adapter_computes(tmp_path: Path) -> None:
     base = _stored(tmp_path / "base", torch.tensor([1.0 + 2.0**-8, 1.0]))
+    computed = ExactShift(base=base.rows, shape=(2,), vector=torch.zeros(2), scaling=1.0)
     even = _stored(tmp_path / "even", torch.tensor([1.0, 1.0]).bfloat16())
     odd = _stored(tmp_path / "odd", torch.tensor([1.0 + 2.0**-7, 1.0]).bfloat16())
     for found, count in ((even, 0), (odd, 1)):
-        assert compare_touched(found, _exact(base), base).violations == 0
+        assert compare_touched(found, computed, base).violations == 0
+        assert compare_touched(found, _exact(base), base).violations == count  # a copy
         assert compare_untouched(found, base).violations == count
 
 
