@@ -45,6 +45,7 @@ def merged_lines(event: Merged) -> Iterator[str]:
 def verdict_lines(verdict: Verdict) -> Iterator[str]:
     """Yield the verdict, what failed, and why as far as that was computed."""
     yield f"Verdict: {verdict.status.value}."
+    yield verdict.parts_text
     for check in verdict.failures:
         yield f"  FAIL {check.layer.value}: {check.name}: {check.detail}"
     for diagnosis in verdict.diagnoses:

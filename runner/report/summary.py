@@ -112,10 +112,11 @@ def release_section(release: Published) -> str:
 
 
 def headline(verdict: Verdict) -> str:
-    """Return the verdict as one sentence, and what the user loosened."""
+    """Return the verdict as one sentence, those on weights and files, and what the user loosened."""
     text = _ONLY_QUALITY if verdict.fails_quality_only else _HEADLINES[verdict.status]
-    loosened = verdict.loosened_text
-    return f"**{text}**" + (f"\n\n⚠️ Loosened limits: {loosened}." if loosened else "")
+    parts, loosened = verdict.parts_text, verdict.loosened_text
+    told = f"**{text}**" + (f"\n\n{parts}" if parts else "")
+    return told + (f"\n\n⚠️ Loosened limits: {loosened}." if loosened else "")
 
 
 def verdict_section(verdict: Verdict) -> str:

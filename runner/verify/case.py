@@ -40,6 +40,7 @@ class Case:
     Attributes:
         base: the base on disk.
         adapter: folder of the adapter, or of the one that several act like.
+        sides: folders of the adapters as they were given; a release may take files of the first.
         dtype: what the merge was asked for.
         seed: of all random probes and token ids.
         blueprint: the model class.
@@ -55,6 +56,7 @@ class Case:
 
     base: Checkpoint
     adapter: Path
+    sides: tuple[Path, ...]
     dtype: str
     seed: int
     blueprint: Blueprint
@@ -139,6 +141,7 @@ def open_case(
         yield Case(
             base=checkpoint,
             adapter=one.root,
+            sides=tuple(adapter.paths) if isinstance(adapter, Several) else (adapter,),
             dtype=dtype,
             seed=seed,
             blueprint=blueprint,

@@ -26,6 +26,7 @@ from runner.verify.diagnosis.report import diagnose
 from runner.verify.elements import RightBlocks
 from runner.verify.extras import measure_extras
 from runner.verify.figures import Alternative
+from runner.verify.files import judge_files
 from runner.verify.gates import loosen, quality_checks
 from runner.verify.modules import Probe
 from runner.verify.outputs import judge_outputs
@@ -37,7 +38,8 @@ from runner.verify.verdict import Check, Continuation, Diagnosis, Layer, ModuleR
 
 MIN_RETENTION = 0.9
 LOSS = "the output dtype keeps the adapter"
-GATES = (Layer.STRUCTURE, Layer.STORAGE, Layer.SEMANTICS, Layer.END_TO_END)
+GATES = (Layer.STRUCTURE, Layer.FILES, Layer.STORAGE, Layer.SEMANTICS, Layer.END_TO_END)
+WEIGHT_GATES = tuple(layer for layer in GATES if layer is not Layer.FILES)
 READABLE = "headers and index can be read"
 
 
@@ -156,6 +158,8 @@ def _verdict(findings: _Findings, seed: int, start: float) -> Verdict:
     checks = tuple(findings.checks)
     return Verdict(
         status=decide(checks),
+        weights=decide([check for check in checks if check.layer is not Layer.FILES], WEIGHT_GATES),
+        files=decide([check for check in checks if check.layer is Layer.FILES], (Layer.FILES,)),
         checks=checks,
         modules=findings.modules,
         rounding_errors=findings.rounding_errors,
@@ -181,8 +185,8 @@ def _unreadable(merged: Path, check: Check) -> _Findings:
     return _Findings(checks=checks, diagnoses=(read_unreadable(merged, check.detail),))
 
 
-def decide(checks: Sequence[Check]) -> Status:
-    """Return the status that follows from the checks.
+def decide(checks: Sequence[Check], gates: Sequence[Layer] = GATES) -> Status:
+    """Return the status that follows from the checks, all of `gates` being needed.
 
     Any failure fails. A gating layer with a skipped check, or with no check at all, is not verified; nor is a limit on
     quality whose figure was not measured. What remains is a pass, lossy where the output dtype kept less than
@@ -193,7 +197,7 @@ def decide(checks: Sequence[Check]) -> Status:
     judged = {check.layer for check in checks if check.outcome is not Outcome.SKIPPED}
     skipped = {check.layer for check in checks if check.outcome is Outcome.SKIPPED}
     unmeasured = any(check.outcome is Outcome.SKIPPED and check.limit is not None for check in checks)
-    if unmeasured or any(layer in skipped or layer not in judged for layer in GATES):
+    if unmeasured or any(layer in skipped or layer not in judged for layer in gates):
         return Status.NOT_VERIFIED
     lossy = any(check.name == LOSS and check.outcome is Outcome.WARN for check in checks)
     return Status.PASS_LOSSY if lossy else Status.PASS
@@ -202,7 +206,8 @@ def decide(checks: Sequence[Check]) -> Status:
 def _judge_files(findings: _Findings, case: Case, merged: Checkpoint, right: RightBlocks | None, say: Progress) -> None:
     say("structure", 0.1)
     form = case.form(merged)
-    findings.checks.extend(judge_structure(base=case.base, adapter=case.adapter, merged=merged, form=form))
+    findings.checks.extend(judge_structure(base=case.base, merged=merged, form=form))
+    findings.checks.extend(judge_files(case.base.root, case.sides, merged, rows=case.rows))
     storage = compare_storage(
         merged=merged,
         sources=case.sources,

@@ -1,8 +1,8 @@
-"""Structure: the merged folder is a whole checkpoint of the same model, and nothing else. Exact; no torch.
+"""Structure: the merged folder is a whole checkpoint of the same model. Exact; no torch.
 
 Checked: headers, index and totals agree; every expected tensor is there with its name, shape and dtype, and no other;
-the tie flag is true to the tensors; config.json is the base's but for documented keys; tokenizer, chat template and
-generation config are byte for byte the base's or the adapter's; no adapter and no second set of weights lies in it.
+the tie flag is true to the tensors; config.json is the base's but for documented keys. What lies beside the weights is
+the matter of `runner.verify.files`.
 """
 
 from __future__ import annotations
@@ -15,20 +15,15 @@ from typing import Any
 
 from runner.checkpoint.layout import INDEX_FILE, Checkpoint, TensorInfo
 from runner.syntax import parse_json
+from runner.verify.resaved import loads_alike
 from runner.verify.verdict import Check, Layer, Outcome
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
+NESTED_CONFIGS = ("text_config", "llm_config")
+FLOAT_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 # Written by whatever saved the folder last; no loader computes with them.
 HARMLESS_KEYS = frozenset({"transformers_version", "_name_or_path"})
-VOCABULARIES = frozenset(
-    "tokenizer.json tokenizer.model vocab.json vocab.txt spiece.model sentencepiece.bpe.model".split()
-)
-TOKENIZER_FILES = VOCABULARIES | frozenset(
-    "tokenizer_config.json special_tokens_map.json added_tokens.json merges.txt chat_template.jinja "
-    "chat_template.json".split()
-)
-TEMPLATES = frozenset({"chat_template.jinja", "chat_template.json"})
-OTHER_FILES = ("generation_config.json",)
+SAME_WHEN_LOADED = "; transformers makes the same config of both"
 _MISSING = object()
 
 
@@ -63,22 +58,18 @@ class Form:
     config: Mapping[str, Any]
 
 
-def judge_structure(*, base: Checkpoint, adapter: Path, merged: Checkpoint, form: Form) -> Iterator[Check]:
+def judge_structure(*, base: Checkpoint, merged: Checkpoint, form: Form) -> Iterator[Check]:
     """Yield the checks of this layer, in a fixed order.
 
     Args:
         base: the base, read.
-        adapter: the adapter's folder.
         merged: the merged folder, read; that this was possible is itself a check of the caller's.
         form: what is expected.
     """
     yield _tensors(merged.tensors, form)
     yield _totals(base, merged)
-    yield _strays(merged)
     yield _config(base.root, merged.root, form)
     yield _tie_flag(base.root, merged, form)
-    yield _tokenizer(base.root, adapter, merged.root, form)
-    yield _other_files(base.root, adapter, merged.root)
 
 
 def _tensors(found: Mapping[str, TensorInfo], form: Form) -> Check:
@@ -109,43 +100,69 @@ def _total_size(root: Path) -> Any:
     return metadata.get("total_size", _MISSING)
 
 
-def stray_files(merged: Checkpoint) -> list[str]:
-    """Return what lies beside the weights and may be taken for weights or an adapter."""
-    mine = {file.name for file in merged.files} | ({INDEX_FILE} if merged.is_indexed else set())
-    weights = ("*.safetensors", "*.index.json", "*.pt", "*.pth", "*.h5", "*.msgpack", "pytorch_model*", "adapter_*")
-    return sorted({path.name for pattern in weights for path in merged.root.glob(pattern)} - mine)
-
-
-def _strays(merged: Checkpoint) -> Check:
-    names = stray_files(merged)
-    problems = [f"{name} lies in the folder; a loader may take it for weights or an adapter" for name in names]
-    return _check("no adapter and no second set of weights", problems)
-
-
 def _config(base: Path, merged: Path, form: Form) -> Check:
     name = "config.json is the base's but for documented keys"
     before, after = read_json(base / "config.json"), read_json(merged / "config.json")
     if after is None:
         return _check(name, ["config.json is missing or not a JSON object"])
-    return _check(name, list(config_problems({**(before or {}), **form.config}, after, form, "")))
+    wanted = {**(before or {}), **form.config}
+    problems = list(config_problems(wanted, after, form, ""))
+    return _check(name, problems, is_harmless=bool(problems) and is_resaved(wanted, after, form))
+
+
+def is_resaved(before: Mapping[str, Any], after: Mapping[str, Any], form: Form) -> bool:
+    """Return whether a config that is not literally what it must be is so once it is loaded."""
+    return not any(_dtype_problems(before, after, form, "")) and loads_alike(_edited(before, after, form), after)
+
+
+def _edited(before: Mapping[str, Any], after: Mapping[str, Any], form: Form) -> dict[str, Any]:
+    """Return the config with every documented change that `after` has."""
+    made = dict(before)
+    for key in {"tie_word_embeddings", "vocab_size", "quantization_config"} & {*before, *after}:
+        if key in after and _may_change(key, after[key], form):
+            made[key] = after[key]
+        elif key not in after and _may_change(key, _MISSING, form):
+            made.pop(key, None)
+    for key in NESTED_CONFIGS:
+        if isinstance(made.get(key), dict) and isinstance(after.get(key), dict):
+            made[key] = _edited(made[key], after[key], form)
+    return made
 
 
 def config_problems(before: Mapping[str, Any], after: Mapping[str, Any], form: Form, path: str) -> Iterator[str]:
     """Yield what is wrong with a config; `before` is what it must be but for documented keys, `path` of both."""
+    yield from _key_problems(before, after, form, path)
+    yield from _dtype_problems(before, after, form, path)
+
+
+def _key_problems(before: Mapping[str, Any], after: Mapping[str, Any], form: Form, path: str) -> Iterator[str]:
     for key in sorted({*before, *after} - HARMLESS_KEYS):
         old, new = before.get(key, _MISSING), after.get(key, _MISSING)
         if key in DTYPE_KEYS or (old == new and not (key == "vocab_size" and form.rows is not None)):
             continue
-        if key in ("text_config", "llm_config") and isinstance(old, dict) and isinstance(new, dict):
-            yield from config_problems(old, new, form, f"{path}{key}.")
+        if key in NESTED_CONFIGS and isinstance(old, dict) and isinstance(new, dict):
+            yield from _key_problems(old, new, form, f"{path}{key}.")
         elif not _may_change(key, new, form):
             expected = form.rows if key == "vocab_size" and form.rows is not None else old
             yield f"{path}{key} is {_show(new)}, expected {_show(expected)}"
 
+
+def _dtype_problems(before: Mapping[str, Any], after: Mapping[str, Any], form: Form, path: str) -> Iterator[str]:
+    for key in NESTED_CONFIGS:
+        if isinstance(before.get(key), dict) and isinstance(after.get(key), dict):
+            yield from _dtype_problems(before[key], after[key], form, f"{path}{key}.")
     old_dtype, new_dtype = _dtype(before), _dtype(after)
     wanted = old_dtype if form.dtype == "auto" else form.dtype
+    if wanted is None and new_dtype == _stored_dtype(form):
+        return  # what loaders find in the files where the config says nothing
     if new_dtype != wanted and not (new_dtype is None and old_dtype is None):
         yield f"{path}dtype is {_show(new_dtype)}, expected {_show(wanted)}; loaders cast to what it says"
+
+
+def _stored_dtype(form: Form) -> str | None:
+    """Return the one dtype that all floats of a right merge are stored in, or None."""
+    found = {tensor.dtype for tensor in form.required.values()} & FLOAT_NAMES.keys()
+    return FLOAT_NAMES[found.pop()] if len(found) == 1 else None
 
 
 def _dtype(config: Mapping[str, Any]) -> str | None:
@@ -183,42 +200,6 @@ def _ties(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}tie_word_embeddings", holder["tie_word_embeddings"]
 
 
-def _tokenizer(base: Path, adapter: Path, merged: Path, form: Form) -> Check:
-    found, ours, theirs = (_files(root, TOKENIZER_FILES) for root in (merged, base, adapter))
-    name = "tokenizer and chat template are the base's or the adapter's, byte for byte"
-    has_own = bool(theirs.keys() & VOCABULARIES)
-    if has_own and form.rows is not None and found == ours != theirs:
-        return _check(name, ["they are the base's, which do not know the tokens that the adapter adds"])
-    templates = {file: data for file, data in theirs.items() if file in TEMPLATES}
-    if not has_own and templates:  # a template that the adapter was trained with, for the base's tokenizer
-        theirs = {file: data for file, data in ours.items() if file not in TEMPLATES} | templates
-    if found in (ours, theirs if has_own or templates else ours):
-        return _check(name, [])
-    if has_own and all(data in (ours.get(file), theirs.get(file)) for file, data in found.items()):
-        return _check(name, ["half of the tokenizer's files are the base's and half are the adapter's"])
-    problems = []
-    for file in sorted({*found, *ours}):
-        if found.get(file) != ours.get(file):
-            state = "missing" if file not in found else "changed" if file in ours else "not expected"
-            problems.append(f"{file} is {state}")
-    return _check(name, problems)
-
-
-def _other_files(base: Path, adapter: Path, merged: Path) -> Check:
-    problems = []
-    found, ours, theirs = (_files(root, OTHER_FILES) for root in (merged, base, adapter))
-    for name in OTHER_FILES:
-        if name not in found and name in ours:
-            problems.append(f"{name} is missing")
-        elif name in found and found[name] not in (ours.get(name), theirs.get(name)):
-            problems.append(f"{name} is neither the base's nor the adapter's")
-    return _check("the generation config is the base's or the adapter's, byte for byte", problems)
-
-
-def _files(root: Path, names: frozenset[str] | tuple[str, ...]) -> dict[str, bytes]:
-    return {name: (root / name).read_bytes() for name in names if (root / name).is_file()}
-
-
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return the JSON object in a file, or None where there is none."""
     try:
@@ -232,13 +213,13 @@ def _show(value: Any) -> str:
     return "absent" if value is _MISSING else json.dumps(value)[:80]
 
 
-def _check(name: str, problems: list[str], limit: float | None = None) -> Check:
+def _check(name: str, problems: list[str], limit: float | None = None, *, is_harmless: bool = False) -> Check:
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return Check(
         layer=Layer.STRUCTURE,
         name=name,
-        outcome=Outcome.FAIL if problems else Outcome.PASS,
+        outcome=Outcome.WARN if is_harmless else Outcome.FAIL if problems else Outcome.PASS,
         value=float(len(problems)) if limit is not None else None,
         limit=limit,
-        detail=f"{problems[0]}{more}." if problems else "",
+        detail=f"{problems[0]}{more}{SAME_WHEN_LOADED if is_harmless else ''}." if problems else "",
     )

@@ -38,6 +38,7 @@ class Layer(StrEnum):
     """The parts of the claim, in the order in which they are judged."""
 
     STRUCTURE = "structure"
+    FILES = "files"  # beside the weights
     STORAGE = "storage"
     SEMANTICS = "semantics"
     END_TO_END = "end_to_end"
@@ -179,6 +180,8 @@ class Verdict:
 
     Attributes:
         status: decided by `decide` from the checks.
+        weights: the same, of all but the files beside the weights; None where it was not told apart.
+        files: the same, of the files beside the weights alone.
         checks: in the order in which they ran.
         modules: one row per changed module.
         rounding_errors: |stored − E| over a sample of all touched elements, counted in `ERROR_BINS` bins of
@@ -199,6 +202,8 @@ class Verdict:
     alternatives: tuple[Alternative, ...] = ()
     continuations: tuple[Continuation, ...]
     diagnoses: tuple[Diagnosis, ...] = ()
+    weights: Status | None = None
+    files: Status | None = None
     seed: int
     wall_s: float
 
@@ -206,6 +211,13 @@ class Verdict:
     def passed(self) -> bool:
         """Whether the merge may be published."""
         return self.status in PASSED
+
+    @property
+    def parts_text(self) -> str:
+        """The verdicts on the weights and on the files beside them, in one line; "" where they were not told apart."""
+        if self.weights is None or self.files is None:
+            return ""
+        return f"Weights: {self.weights.value}. Files: {self.files.value}."
 
     @property
     def loosened(self) -> tuple[Check, ...]:

@@ -205,14 +205,14 @@ def damage_config(folder: Path, base: Path, adapter: Path) -> Diagnosis:
 def damage_tokenizer(folder: Path, base: Path, adapter: Path) -> Diagnosis:
     """The chat template is another one."""
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    return Diagnosis(layer=Layer.STRUCTURE, names="chat_template.jinja is changed")
+    return Diagnosis(layer=Layer.FILES, names="chat_template.jinja is neither")
 
 
 def damage_adapter_left_in(folder: Path, base: Path, adapter: Path) -> Diagnosis:
     """The adapter lies beside the merged weights, so that transformers applies it once more."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (folder / name).write_bytes((adapter / name).read_bytes())
-    return Diagnosis(layer=Layer.STRUCTURE, names="adapter_config.json")
+    return Diagnosis(layer=Layer.FILES, names="adapter_config.json")
 
 
 FAULTS: Mapping[str, Callable[[Path, Path, Path], Diagnosis]] = {

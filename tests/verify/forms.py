@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from runner.checkpoint.layout import INDEX_FILE, SINGLE_FILE, read_checkpoint
+from runner.verify.files import judge_files
 from runner.verify.structure import Form, Wanted, judge_structure
-from runner.verify.verdict import Outcome
+from runner.verify.verdict import Check, Outcome
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "vocab_size": 8}
 TENSORS = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
@@ -52,11 +53,15 @@ def write_indexed(root: Path, total: int | None, tensors: dict[str, torch.Tensor
 
 def problems(base: Path, merged: Path, form: Form | None = None, adapter: Path | None = None) -> list[str]:
     """Return the details of the checks that fail."""
-    checks = list(
-        judge_structure(
-            base=read_checkpoint(base), adapter=adapter or base / "none", merged=read_checkpoint(merged),
-            form=form or form_of(),
-        )
-    )  # fmt: skip
-    assert len(checks) == 7
-    return [check.detail for check in checks if check.outcome is Outcome.FAIL]
+    return [check.detail for check in checks_of(base, merged, form, adapter) if check.outcome is Outcome.FAIL]
+
+
+def checks_of(base: Path, merged: Path, form: Form | None = None, adapter: Path | None = None) -> list[Check]:
+    """Return the checks of structure, then those of the files beside the weights."""
+    form = form or form_of()
+    found = read_checkpoint(merged)
+    checks = list(judge_structure(base=read_checkpoint(base), merged=found, form=form))
+    assert len(checks) == 4
+    beside = judge_files(base, (adapter or base / "none",), found, rows=form.rows)
+    assert len(beside) == 4
+    return [*checks, *beside]

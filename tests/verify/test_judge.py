@@ -23,6 +23,7 @@ from tests.verify.conftest import Maker
 from tests.verify.merges import save_merge
 from tests.verify.tiny import lora, save_adapter
 
+EVERY_OTHER = "every other file is the base's, the adapter's or the release's own, and none is missing"
 TEXT = "The keeper wrote down the weather, and then the weather kept the keeper. " * 5
 
 
@@ -57,16 +58,17 @@ def told(right_merge: Maker) -> Told:
 
 def test_every_question_is_asked_and_answered(told: Told) -> None:
     verdict = told.verdict
-    assert verdict.status is Status.PASS
+    assert (verdict.status, verdict.weights, verdict.files) == (Status.PASS,) * 3
     assert [(check.layer.value, check.name, check.outcome.value) for check in verdict.checks] == [
         ("structure", READABLE, "PASS"),
         ("structure", "every tensor has its name, shape and dtype, and none is extra", "PASS"),
         ("structure", "index and headers agree", "PASS"),
-        ("structure", "no adapter and no second set of weights", "PASS"),
         ("structure", "config.json is the base's but for documented keys", "PASS"),
         ("structure", "the tie flag is true to the tensors", "PASS"),
-        ("structure", "tokenizer and chat template are the base's or the adapter's, byte for byte", "PASS"),
-        ("structure", "the generation config is the base's or the adapter's, byte for byte", "PASS"),
+        ("files", "no adapter and no second set of weights", "PASS"),
+        ("files", "tokenizer and chat template are the base's or the adapter's", "PASS"),
+        ("files", "the generation config is the base's or the adapter's", "PASS"),
+        ("files", EVERY_OTHER, "PASS"),
         ("storage", "every adapter tensor is used", "PASS"),
         ("storage", "touched elements are the exact sum, rounded once", "PASS"),
         ("storage", "untouched tensors are the base's", "PASS"),
@@ -101,7 +103,7 @@ def test_what_is_measured_is_in_the_verdict(told: Told) -> None:
 
 
 def test_the_limits_are_those_that_are_documented() -> None:
-    assert GATES == (Layer.STRUCTURE, Layer.STORAGE, Layer.SEMANTICS, Layer.END_TO_END)
+    assert GATES == (Layer.STRUCTURE, Layer.FILES, Layer.STORAGE, Layer.SEMANTICS, Layer.END_TO_END)
     assert {"semantics": modules.LIMIT, "end-to-end": outputs.LIMIT} == {"semantics": 1e-6, "end-to-end": 1e-4}
     assert dict(TOLERANCES) == {"semantics": 1e-6, "end-to-end": 1e-4}
     assert (MIN_RETENTION, outputs.NO_POWER, outputs.BEYOND_DOUBT) == (0.9, 1e-3, 1e-2)

@@ -37,7 +37,7 @@ def test_tensors(base: Path, tmp_path: Path, tensors: dict[str, torch.Tensor | N
     merged = write_folder(tmp_path / "merged", held)
     assert problems(base, merged, form) == ([problem] if problem else [])
     count = next(
-        judge_structure(base=read_checkpoint(base), adapter=base, merged=read_checkpoint(merged), form=form)
+        judge_structure(base=read_checkpoint(base), merged=read_checkpoint(merged), form=form)
     )  # the first check counts
     assert count.limit == 0
     assert (count.value == 0) is (problem is None)
@@ -70,6 +70,10 @@ def test_strays(base: Path, tmp_path: Path, name: str) -> None:
 
 
 OURS = {"tokenizer.json": "ours", "chat_template.jinja": "our template"}
+OF_THE_BASE = (
+    "the tokenizer's files are the base's, which do not know what the adapter's adds or changes: "
+    "chat_template.jinja, tokenizer.json."
+)
 THEIRS = {"tokenizer.json": "theirs", "added_tokens.json": "{}", "chat_template.jinja": "their template"}
 
 
@@ -77,29 +81,29 @@ THEIRS = {"tokenizer.json": "theirs", "added_tokens.json": "{}", "chat_template.
     "adapter, merged, rows, said",
     [
         ({}, OURS, None, []),
-        ({}, {}, None, ["chat_template.jinja is missing (and 1 more)."]),
-        ({}, {**OURS, "tokenizer.json": "x"}, None, ["tokenizer.json is changed."]),
+        ({}, {}, None, ["chat_template.jinja is missing; tokenizer.json is missing."]),
+        ({}, {**OURS, "tokenizer.json": "x"}, None, ["tokenizer.json is neither the base's nor the adapter's."]),
         ({}, {**OURS, "vocab.json": "x"}, None, ["vocab.json is not expected."]),
         (THEIRS, THEIRS, None, []),
-        (THEIRS, OURS, None, []),
+        (THEIRS, OURS, None, [f"added_tokens.json is missing; {OF_THE_BASE}"]),
         (THEIRS, THEIRS, 9, []),
-        (THEIRS, OURS, 9, ["they are the base's, which do not know the tokens that the adapter adds."]),
+        (THEIRS, OURS, 9, [f"added_tokens.json is missing; {OF_THE_BASE}"]),
         (OURS, OURS, 9, []),
         ({}, OURS, 9, []),
         (
             THEIRS,
             {**THEIRS, "tokenizer.json": "ours"},
             None,
-            ["half of the tokenizer's files are the base's and half are the adapter's."],
+            ["half of the tokenizer's files are the base's and half are the adapter's: tokenizer.json."],
         ),
-        (THEIRS, {**THEIRS, "tokenizer.json": "x"}, None, ["added_tokens.json is not expected (and 2 more)."]),
+        (THEIRS, {**THEIRS, "tokenizer.json": "x"}, None, ["tokenizer.json is neither the base's nor the adapter's."]),
         ({"chat_template.jinja": "their template"}, {**OURS, "chat_template.jinja": "their template"}, None, []),
         ({"chat_template.jinja": "their template"}, OURS, None, []),
         (
             {"chat_template.jinja": "their template"},
             {**OURS, "chat_template.jinja": "x"},
             None,
-            ["chat_template.jinja is changed."],
+            ["chat_template.jinja is neither the base's nor the adapter's."],
         ),
         (
             {"tokenizer_config.json": "{}"},

@@ -161,7 +161,8 @@ def test_fails_a_folder_that_lacks_a_file_of_the_base(right_merge: Maker, copy_o
     damaged = copy_of(merged)
     (damaged / name).unlink()
     verdict = judge(base=base, adapter=adapter, merged=damaged, dtype="auto")
-    assert _failed(verdict, Layer.STRUCTURE, f"{name} is missing")
+    layer = Layer.STRUCTURE if name == "config.json" else Layer.FILES
+    assert _failed(verdict, layer, f"{name} is missing")
 
 
 def test_a_folder_without_weights_fails_and_nothing_else_is_claimed(right_merge: Maker, tmp_path: Path) -> None:

@@ -7,10 +7,18 @@ from pathlib import Path
 
 from runner.checkpoint.layout import INDEX_FILE, Checkpoint, TensorInfo
 from runner.verify.case import Case
-from runner.verify.structure import TOKENIZER_FILES, VOCABULARIES, config_problems, read_json, stray_files
+from runner.verify.files import find_files
+from runner.verify.names import Kind
+from runner.verify.structure import config_problems, is_resaved, read_json
 from runner.verify.verdict import MAX_NAMED, Cause, Diagnosis
 
-TEMPLATES = ("chat_template.jinja", "chat_template.json")
+CAUSES = {
+    Kind.TEMPLATE: Cause.CHAT_TEMPLATE,
+    Kind.TOKENIZER: Cause.TOKENIZER,
+    Kind.GENERATION: Cause.GENERATION_CONFIG,
+    Kind.WEIGHTS: Cause.STRAY_WEIGHTS,
+    Kind.OTHER: Cause.FILES,
+}
 
 
 def read_unreadable(folder: Path, problem: str) -> Diagnosis:
@@ -33,11 +41,7 @@ def read_structure(case: Case, merged: Checkpoint) -> Iterator[Diagnosis]:
     """Yield what is wrong with names, shapes, dtypes, index, configuration and tokenizer."""
     yield from _tensors(case, merged)
     yield from _config(case, merged)
-    yield from _tokenizer(case, merged.root)
-    strays = stray_files(merged)
-    if strays:
-        told = f"A loader may take {', '.join(strays[:3])} for weights or an adapter, and apply it once more."
-        yield Diagnosis(kind=Cause.STRAY_WEIGHTS, is_certain=True, evidence=told)
+    yield from _beside(case, merged)
 
 
 def _tensors(case: Case, merged: Checkpoint) -> Iterator[Diagnosis]:
@@ -85,7 +89,10 @@ def _config(case: Case, merged: Checkpoint) -> Iterator[Diagnosis]:
     if after is None:
         yield Diagnosis(kind=Cause.CONFIG, is_certain=True, evidence="config.json is missing or no JSON object.")
         return
-    problems = list(config_problems({**before, **case.config}, after, case.form(merged), ""))
+    form, wanted = case.form(merged), {**before, **case.config}
+    problems = list(config_problems(wanted, after, form, ""))
+    if problems and is_resaved(wanted, after, form):
+        problems = []
     flags = [text for text in problems if "tie_word_embeddings" in text.split()[0]]
     if case.targets.untied and after.get("tie_word_embeddings", True) is not False:
         flags.append("tie_word_embeddings is not false, though head and embedding must differ")
@@ -94,53 +101,14 @@ def _config(case: Case, merged: Checkpoint) -> Iterator[Diagnosis]:
             yield Diagnosis(kind=kind, is_certain=True, evidence=f"config.json: {'; '.join(texts[:3])}.")
 
 
-def _tokenizer(case: Case, folder: Path) -> Iterator[Diagnosis]:
-    theirs = (case.base.root, case.adapter)
-    changed = [name for name in sorted(TOKENIZER_FILES) if not _is_of_one(name, folder, theirs)]
-    templates = [name for name in changed if name in TEMPLATES]
-    if changed and not templates and changed == ["tokenizer_config.json"] and _only_template(folder, case.base.root):
-        templates = changed
-    others = [name for name in changed if name not in templates]
-    if templates:
-        told = f"{templates[0]} is neither the base's nor the adapter's, so that chats read otherwise."
-        yield Diagnosis(kind=Cause.CHAT_TEMPLATE, is_certain=True, evidence=told)
-    if others:
-        told = f"{', '.join(others[:3])}: neither the base's nor the adapter's."
-        yield Diagnosis(kind=Cause.TOKENIZER, is_certain=True, evidence=told)
-    elif case.rows is not None and not templates and _is_of_the_base(folder, theirs):
-        told = "The tokenizer is the base's, and the adapter's, which knows the tokens that it adds, is left aside."
-        yield Diagnosis(kind=Cause.TOKENIZER, is_certain=True, evidence=told)
-    elif not templates and _is_half(folder, theirs):
-        told = "Half of the tokenizer's files are the base's, and half the adapter's."
-        yield Diagnosis(kind=Cause.TOKENIZER, is_certain=True, evidence=told)
-    if not _is_of_one("generation_config.json", folder, theirs):
-        told = "generation_config.json is neither the base's nor the adapter's."
-        yield Diagnosis(kind=Cause.GENERATION_CONFIG, is_certain=True, evidence=told)
-
-
-def _only_template(folder: Path, base: Path) -> bool:
-    ours, theirs = (read_json(root / "tokenizer_config.json") or {} for root in (folder, base))
-    return {**ours, "chat_template": None} == {**theirs, "chat_template": None}
-
-
-def _is_of_one(name: str, folder: Path, owners: Sequence[Path]) -> bool:
-    return _read(folder / name) in {_read(owners[0] / name), _read(owners[1] / name) or _read(owners[0] / name)}
-
-
-def _is_of_the_base(folder: Path, owners: Sequence[Path]) -> bool:
-    mine, ours, theirs = ({name: _read(root / name) for name in TOKENIZER_FILES} for root in (folder, *owners))
-    return mine == ours != theirs and any(theirs[name] is not None for name in VOCABULARIES)
-
-
-def _is_half(folder: Path, owners: Sequence[Path]) -> bool:
-    mine = {name: _read(folder / name) for name in TOKENIZER_FILES}
-    return all(mine != {name: _read(owner / name) for name in TOKENIZER_FILES} for owner in owners) and any(
-        (owners[1] / name).is_file() for name in VOCABULARIES
-    )
-
-
-def _read(path: Path) -> bytes | None:
-    return path.read_bytes() if path.is_file() else None
+def _beside(case: Case, merged: Checkpoint) -> Iterator[Diagnosis]:
+    """Yield what is wrong beside the weights: one diagnosis for each kind of files, all named."""
+    found = find_files(case.base.root, case.sides, merged, rows=case.rows)
+    for kind, cause in CAUSES.items():
+        said = [finding.said for finding in found if finding.kind is kind and not finding.is_warning]
+        if said:
+            more = f"; and {len(said) - MAX_NAMED} more" if len(said) > MAX_NAMED else ""
+            yield Diagnosis(kind=cause, is_certain=True, evidence=f"{'; '.join(said[:MAX_NAMED])}{more}.")
 
 
 def _about(kind: Cause, evidence: str, names: Sequence[str]) -> Diagnosis:
