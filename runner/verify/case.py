@@ -30,6 +30,11 @@ from runner.verify.verdict import Check, Layer, Outcome
 
 Progress = Callable[[str, float], None]
 
+# Those of decoders whose encoder hears are targets (Whisper, Speech2Text); LED has one for each side.
+_WINDOWS = (
+    "max_position_embeddings", "max_seq_len", "max_target_positions", "max_decoder_position_embeddings",
+    "max_encoder_position_embeddings",
+)  # fmt: skip
 UNREAD_IDS = 1000  # token ids of a model that reads none: they number its sounds or pictures
 
 
@@ -94,9 +99,9 @@ class Case:
 
     @property
     def max_tokens(self) -> int:
-        """How many tokens the model can take; windows have several names in configs."""
+        """How many tokens of a text the model can take; windows have several names in configs."""
         config = self.unmerged.base.model.config.get_text_config()
-        limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+        limits = [getattr(config, name, None) for name in _WINDOWS]
         return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=1 << 20)
 
     def semantics(self) -> tuple[Check, ...]:

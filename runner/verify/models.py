@@ -64,6 +64,25 @@ def bare(unit: nn.Module) -> nn.Module:
             return module
 
 
+def own_modules(unit: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the base's module inside a unit and all below it, by their path in it; wrappers inside are seen through."""
+    module = bare(unit)
+    yield "", module
+    for name, child in module.named_children():
+        for path, inner in own_modules(child):
+            yield f"{name}.{path}".rstrip("."), inner
+
+
+def own_state(unit: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters and stored buffers of the base's module inside a unit, by their names in it."""
+    state: dict[str, torch.Tensor] = {}
+    for path, module in own_modules(unit):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                state[f"{path}.{name}".lstrip(".")] = tensor.detach()
+    return state
+
+
 def merged_copy(unit: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return what PEFT's own merge makes of a copy of the unit, computed in `dtype`; the unit stays as it is.
 

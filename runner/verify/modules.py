@@ -80,7 +80,7 @@ def _probe(path: str, unit: nn.Module, sources: Sources, generator: torch.Genera
         return Probe(module=path, error=None, detail=f"no probe for a module of class {type(base).__name__}")
     made = exact.forward(inputs)
     twin = copy.deepcopy(unit).double().eval()
-    wanted, plain = twin(inputs), bare(twin)(inputs)
+    wanted, plain = _output(twin, inputs), _output(bare(twin), inputs)
     common = made.isnan() & wanted.isnan() & plain.isnan()  # rows of a head that the base never used
     made, wanted, plain = (output.masked_fill(common, 0.0) for output in (made, wanted, plain))
     effect = max(float((wanted - plain).norm()), floor * float(plain.norm()))
@@ -103,8 +103,7 @@ class _ExactModule:
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return what the module makes of its inputs, float64."""
         if self._merged is not None:
-            made: torch.Tensor = self._merged(inputs)
-            return made
+            return _output(self._merged, inputs)
         if type(self._base) is nn.Embedding and self._base.max_norm is None:
             return self._look_up(inputs)
         if type(self._base) is nn.Linear or is_transposed(self._base):
@@ -112,8 +111,7 @@ class _ExactModule:
         module = copy.deepcopy(self._base).double().eval()
         for name, parameter in module.named_parameters():
             parameter.data = _whole(self._of(name))
-        outputs: torch.Tensor = module(inputs)
-        return outputs
+        return _output(module, inputs)
 
     def change(self) -> torch.Tensor:
         """Return Σ (E − W)² of every row of a table."""
@@ -158,11 +156,34 @@ def _inputs(base: nn.Module, exact: _ExactModule, generator: torch.Generator) ->
         rows = row_count(tuple(base.weight.shape))
         strongest = exact.change().topk(min(rows, MAX_ROWS)).indices
         return torch.cat([strongest, torch.randint(rows, (min(rows, MAX_ROWS),), generator=generator)])
+    if isinstance(base, nn.MultiheadAttention):
+        return _signs((PROBES, PROBES, base.embed_dim), generator)
+    if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return _signs((PROBES, base.in_channels, *_window(base)), generator)
     weight = getattr(base, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.ndim not in (1, 2):
         return None
     width = weight.shape[0] if is_transposed(base) else weight.shape[-1]
-    return torch.randint(0, 2, (PROBES, width), generator=generator).double() * 2 - 1
+    return _signs((PROBES, width), generator)
+
+
+def _signs(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(0, 2, shape, generator=generator).double() * 2 - 1
+
+
+def _window(base: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
+    """Return a size on which the kernel has two places in every direction, without what is padded."""
+    options = zip(base.kernel_size, base.dilation, base.stride, strict=True)
+    return tuple(dilation * (kernel - 1) + 1 + stride for kernel, dilation, stride in options)
+
+
+def _output(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """Return what the module makes of its inputs; attention takes them as queries, keys and values alike."""
+    if isinstance(bare(module), nn.MultiheadAttention):
+        attended: torch.Tensor = module(inputs, inputs, inputs)[0]
+        return attended
+    outputs: torch.Tensor = module(inputs)
+    return outputs
 
 
 def _probe_copy(path: str, unit: nn.Module, sources: Sources) -> Probe:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from runner.verify.models import bare
+from runner.verify.models import own_modules
 
 Place = tuple[nn.Module, str]  # a module, and the name of its parameter or buffer
 
@@ -90,7 +90,7 @@ def places_of(model: nn.Module, units: Mapping[str, nn.Module] | None = None) ->
             continue
         places |= _own(path, module)
     for path, unit in units.items():
-        for inner, module in bare(unit).named_modules(remove_duplicate=False):
+        for inner, module in own_modules(unit):
             places |= _own(f"{path}.{inner}".rstrip("."), module)
     return places
 

@@ -17,7 +17,7 @@ from runner.verify.elements import Stored
 from runner.verify.exact import Exact, ExactFromPeft, ExactShift, ExactStored, ReadRows, low_rank
 from runner.verify.experts import ExactExperts, expert_rules
 from runner.verify.fused import ExactValue, Fused
-from runner.verify.models import bare, merged_copy
+from runner.verify.models import merged_copy, own_state
 from runner.verify.recipe import Copy, Recipe, Rule, Shift
 from runner.verify.tensors import FLOATS, read_tensor, row_blocks
 from runner.verify.unmerged import Unmerged
@@ -42,7 +42,7 @@ class Sources:
         self.homes = self._find_homes()
         self.by_peft = {path for path in unmerged.units if not self.is_closed(path)}
         self.replaced = self._find_replaced()
-        peft = {f"{path}.{name}" for path in self.by_peft for name in bare(unmerged.units[path]).state_dict()}
+        peft = {f"{path}.{name}" for path in self.by_peft for name in own_state(unmerged.units[path])}
         self.keys = frozenset(peft | self._mine | self.replaced)  # every key that the adapter may change
 
     @cached_property
@@ -153,7 +153,7 @@ class Sources:
             with torch.no_grad(), self._unmerged.in_memory(unit):
                 exact = merged_copy(module, torch.float64).state_dict()
                 single = merged_copy(module, torch.float32).state_dict()
-                base = {name: tensor.detach() for name, tensor in bare(module).state_dict().items()}
+                base = own_state(module)
             made = {
                 f"{unit}.{name}": ExactFromPeft(exact=exact[name].double(), single=single[name], base=base[name])
                 for name in base

@@ -88,3 +88,6 @@ def test_multi_head_attention_has_the_values_of_peft(stored: str, output: str, t
     assert {name.partition("attention.")[2] for name in changed} == {"in_proj_weight", "out_proj.weight"}
     for name, tensor in after.items():
         assert torch.equal(tensor, wanted[name].to(tensor.dtype)), name
+    verdict = judge(base=base, adapter=adapter, merged=merged.root, dtype=output)
+    assert verdict.failures == ()
+    assert verdict.status is Status.PASS

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
+    LEDConfig,
     LlamaConfig,
     MambaConfig,
     MptConfig,
@@ -24,6 +25,7 @@ from transformers import (
     ViTModel,
     Wav2Vec2Config,
     Wav2Vec2Model,
+    WhisperConfig,
 )
 
 from runner.checkpoint.layout import read_checkpoint
@@ -172,8 +174,10 @@ def test_token_ids_are_those_of_the_embedding_where_a_model_reads_any(case: Case
         (LlamaConfig(max_position_embeddings=0), 1 << 20),
         (MptConfig(max_seq_len=64), 64),
         (MambaConfig(), 1 << 20),
+        (WhisperConfig(max_target_positions=48), 48),
+        (LEDConfig(max_encoder_position_embeddings=64, max_decoder_position_embeddings=32), 32),
     ],
-    ids=["positions", "one", "none", "window", "recurrent"],
+    ids=["positions", "one", "none", "window", "recurrent", "targets", "two sides"],
 )
 def test_a_model_takes_as_many_tokens_as_its_config_says(case: Case, config: PretrainedConfig, tokens: int) -> None:
     base = SimpleNamespace(model=SimpleNamespace(config=config))

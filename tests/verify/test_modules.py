@@ -14,7 +14,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.pytorch_utils import Conv1D
 
 from runner.verify import modules, tensors
-from runner.verify.models import bare
+from runner.verify.models import bare, merged_copy
 from runner.verify.modules import LIMIT, PROBES, Probe
 from tests.verify.units import NAME, RIGHT, Net, error_of, probe_of, sum_of, unit_of
 
@@ -163,12 +163,59 @@ def test_a_layer_that_peft_merges_is_probed_like_any_other() -> None:
     assert error_of(unit.requires_grad_(False), by_peft=True) <= RIGHT
 
 
-@pytest.mark.parametrize(
-    "kind, build", [("Conv2d", lambda: nn.Conv2d(3, 2, 2)), ("MultiheadAttention", lambda: nn.MultiheadAttention(4, 2))]
-)
-def test_a_layer_of_an_unknown_kind_is_told_and_has_no_error(kind: str, build: Callable[[], nn.Module]) -> None:
-    found = probe_of(unit_of(build()), by_peft=True)
-    assert (found.error, found.detail) == (None, f"no probe for a module of class {kind}")
+CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
+    "1d": lambda: nn.Conv1d(4, 6, 3, padding=1),
+    "2d": lambda: nn.Conv2d(3, 5, (2, 4), stride=2),
+    "2d, of one place": lambda: nn.Conv2d(3, 5, 1),
+    "3d": lambda: nn.Conv3d(3, 4, (2, 3, 3), stride=(2, 3, 3)),
+}
+DAMAGES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "2 % too much": lambda plain, right: plain + 1.02 * (right - plain),
+    "a kernel turned round": lambda plain, right: plain + (right - plain).flip(-1),
+    "one channel without its delta": lambda plain, right: torch.cat([plain[:1], right[1:]]),
+    "not applied": lambda plain, _: plain,
+}
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_a_convolution_is_probed(kind: str, use_dora: bool) -> None:
+    unit = unit_of(CONVOLUTIONS[kind](), use_dora=use_dora)
+    plain = bare(unit).get_parameter("weight").double()
+    right = merged_copy(unit, torch.float64).get_parameter("weight")
+
+    assert error_of(unit, by_peft=True) <= RIGHT
+    assert error_of(unit, right) <= RIGHT
+    for name, damage in DAMAGES.items():
+        wrong = damage(plain, right)
+        assert torch.allclose(wrong, right) or error_of(unit, wrong) > 1e-3, name
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_multi_head_attention_is_probed(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unit = unit_of(nn.MultiheadAttention(8, 2))
+    plain = bare(unit).get_parameter("in_proj_weight").double()
+    right = merged_copy(unit, torch.float64)
+
+    assert error_of(unit, by_peft=True) <= RIGHT
+    weight = right.get_parameter("in_proj_weight")
+    weight.data = DAMAGES[damage](plain, weight.data)
+    monkeypatch.setattr(modules, "merged_copy", lambda *_: right)
+    assert error_of(unit, by_peft=True) > 1e-3
+
+
+class Odd(nn.Module):
+    """A layer that no probe knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 2, 2))
+
+
+def test_a_layer_of_an_unknown_kind_is_told_and_has_no_error() -> None:
+    unit = get_peft_model(Net(Odd()), LNTuningConfig(target_modules=[NAME])).get_base_model().inner
+    found = probe_of(unit, by_peft=True)
+    assert (found.error, found.detail) == (None, "no probe for a module of class Odd")
 
 
 def test_a_layer_that_does_not_run_is_told_and_has_no_error() -> None:

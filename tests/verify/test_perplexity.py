@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runner.inputs.limits import Evaluation, Limits, QualityLimit
 from runner.verify.judge import judge
 from runner.verify.prompts import EVAL_TOKENS, EVAL_WINDOW, Purpose, make_questions
 from runner.verify.verdict import Status
+from tests.parity import models, structures
+from tests.parity.pipeline import run_merge
 from tests.verify.conftest import Maker
 from tests.verify.tiny import VOCABULARY, tokenizer
 
@@ -64,3 +67,18 @@ def test_a_long_text_is_cut_and_told(tmp_path: Path) -> None:
     assert [questions.is_cut for questions in made] == [False, True, False]
     assert windows[0][0].ids.shape == (EVAL_WINDOW,)
     assert [s.label for s in made[0].compared] == [s.label for s in made[2].sequences]
+
+
+def test_a_text_is_read_in_windows_that_a_decoder_of_sounds_can_take(tmp_path: Path) -> None:
+    fields = {**structures.ENCODER_DECODERS["WhisperForConditionalGeneration"], "vocab_size": VOCABULARY}
+    base = models.save_base(
+        structures.build("WhisperForConditionalGeneration", fields), tmp_path / "base", dtype=torch.bfloat16
+    )
+    tokenizer().save_pretrained(base)
+    adapter = models.save_adapter(base, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    _, merged = run_merge(base, adapter, tmp_path / "merged")
+
+    verdict = judge(base=base, adapter=adapter, merged=merged.root, dtype="auto", evaluation=Evaluation(text=TEXT))
+
+    assert verdict.failures == ()
+    assert verdict.status is Status.PASS
