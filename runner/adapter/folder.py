@@ -19,7 +19,7 @@ from runner.adapter.fields import check_fields, check_rank
 from runner.adapter.methods import FACTORS, find_refusal
 from runner.checkpoint.layout import TensorFile, TensorInfo, read_tensor_file
 from runner.checkpoint.pointers import is_pointer, pointer_problem
-from runner.errors import BrokenAdapter, BrokenCheckpoint, UnsupportedAdapter
+from runner.errors import BrokenAdapter, CheckpointError, UnsupportedAdapter
 from runner.syntax import parse_json
 
 CONFIG_FILE = "adapter_config.json"
@@ -127,7 +127,7 @@ def _read_weights(root: Path) -> TensorFile:
         )
     try:
         file = read_tensor_file(root, WEIGHTS_FILE)
-    except BrokenCheckpoint as error:
+    except CheckpointError as error:
         raise BrokenAdapter(error.problem.what, why=error.problem.why, fix=error.problem.fix) from error
     if not file.tensors:
         raise _broken(f"{WEIGHTS_FILE} holds no tensor.")

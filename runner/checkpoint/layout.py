@@ -18,17 +18,21 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from runner.checkpoint.absent import no_weights
 from runner.checkpoint.pointers import is_pointer, pointer_problem
 from runner.errors import BrokenCheckpoint, CheckpointError, UnsupportedCheckpoint
 from runner.syntax import parse_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_ADAPTER_CONFIG = "adapter_config.json"
+MAX_CONFIG_BYTES = 1 << 20
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 ITEM_BITS: Mapping[str, int] = MappingProxyType(
     {
         "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+        "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
         "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
         "I32": 32, "U32": 32, "F32": 32,
         "I64": 64, "U64": 64, "F64": 64, "C64": 64,
@@ -109,7 +113,7 @@ def read_checkpoint(root: Path) -> Checkpoint:
 
     Raises:
         BrokenCheckpoint: no weights, a missing shard, an index and headers that contradict each other.
-        UnsupportedCheckpoint: pickled weights only.
+        UnsupportedCheckpoint: an adapter, pickled weights, or another format; a dtype that is not known.
     """
     index = root / INDEX_FILE
     single = root / SINGLE_FILE
@@ -160,6 +164,7 @@ def read_tensor_file(root: Path, name: str) -> TensorFile:
 
     Raises:
         BrokenCheckpoint: missing, truncated, or a header that contradicts itself or the file.
+        UnsupportedCheckpoint: a dtype that is not known.
     """
     path = root / name
     try:
@@ -234,8 +239,12 @@ def _tensor(file: str, name: str, entry: Any, begin: int) -> TensorInfo:
         first, last = entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise _broken(file, f"the entry of {name!r} lacks dtype, shape or data_offsets") from error
-    if dtype not in ITEM_BITS:
-        raise _broken(file, f"{name!r} has the unknown dtype {dtype!r}")
+    if not isinstance(dtype, str) or dtype not in ITEM_BITS:
+        raise UnsupportedCheckpoint(
+            f"{file} stores {name!r} in the dtype {str(dtype)[:40]!r}, which this version does not know.",
+            why="Its size cannot be told, so neither can what else the file holds.",
+            fix="Use one that is stored in bfloat16, float16 or float32, or a newer release of this action.",
+        )
     numbers = (*shape, first, last)
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise _broken(file, f"{name!r} has a shape or offset that is not a count: {numbers}")
@@ -282,15 +291,18 @@ def _broken(name: str, reason: str) -> BrokenCheckpoint:
 
 
 def _no_weights(root: Path) -> CheckpointError:
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in root.glob(pattern))
-    if pickled:
-        return UnsupportedCheckpoint(
-            f"The checkpoint holds pickled weights only ({pickled[0]}).",
-            why="Unpickling can run code, so only safetensors are read.",
-            fix="Use a revision with safetensors, or add `pickle` to `allow`: tensors only, in a process of its own.",
-        )
-    return BrokenCheckpoint(
-        f"The checkpoint has neither {SINGLE_FILE} nor {INDEX_FILE}.",
-        why="A base model is a folder with one of them beside its config.json.",
-        fix="Check `base-model` (and `base-revision`): is it a transformers checkpoint?",
-    )
+    base = None
+    if (root / _ADAPTER_CONFIG).is_file():
+        base = _named_base(root / _ADAPTER_CONFIG)
+    names = [path.name for path in root.iterdir()] if root.is_dir() else []
+    return no_weights(names, named="The checkpoint", adapter_base=base)
+
+
+def _named_base(path: Path) -> str | None:
+    """Return the base that an adapter's config names; None where it cannot be read or names none."""
+    try:
+        told = parse_json(path.read_bytes()) if path.stat().st_size <= MAX_CONFIG_BYTES else None
+    except (OSError, ValueError):
+        return None
+    name = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+    return name if isinstance(name, str) and name else None

@@ -15,10 +15,6 @@ PICKLED_FILE = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLED_ADAPTER = "adapter_model.bin"
 ADAPTER_FILE = "adapter_model.safetensors"
-OPT_IN = (
-    "Use a revision with safetensors, or add `pickle` to `allow`: then tensors, and nothing else, are unpickled, in a "
-    "process that holds no token."
-)
 
 
 def pickled_weights(paths: Collection[str]) -> str | None:

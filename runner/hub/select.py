@@ -11,9 +11,10 @@ import re
 from collections.abc import Iterable
 from typing import Literal
 
+from runner.checkpoint.absent import OPT_IN, no_weights
 from runner.checkpoint.layout import INDEX_FILE, SINGLE_FILE
-from runner.checkpoint.pickled import OPT_IN, PICKLED_ADAPTER, PICKLED_INDEX, pickled_weights
-from runner.errors import BrokenAdapter, BrokenCheckpoint, UnsupportedAdapter, UnsupportedCheckpoint
+from runner.checkpoint.pickled import PICKLED_ADAPTER, PICKLED_INDEX, pickled_weights
+from runner.errors import BrokenAdapter, BrokenCheckpoint, UnsupportedAdapter
 
 Kind = Literal["adapter", "base", "merged"]
 
@@ -37,32 +38,23 @@ def weights_or_index(paths: Iterable[str], *, named: str, pickles: bool = False)
         pickles: whether pickled weights will do where there are no others.
 
     Raises:
-        UnsupportedCheckpoint: pickled weights only.
+        UnsupportedCheckpoint: an adapter, pickled weights only, or another format.
         BrokenCheckpoint: no config, or no weights at all.
     """
     present = set(paths)
-    if "config.json" not in present:
+    has_config = "config.json" in present
+    if not has_config and not present.isdisjoint((SINGLE_FILE, INDEX_FILE)):
         raise BrokenCheckpoint(
             f"{named} has no config.json.",
-            why="It is not a transformers checkpoint; an adapter alone is not one either.",
+            why="It says which architecture the weights belong to.",
             fix="Check `base-model` (for `verify`: `merged-path`) and its revision.",
         )
     for name in (SINGLE_FILE, INDEX_FILE):  # the order in which transformers looks
         if name in present:
             return name
-    if pickles and (pickled := pickled_weights(present)):
+    if has_config and pickles and (pickled := pickled_weights(present)):
         return pickled
-    if any(path.endswith((".bin", ".pt", ".pth")) for path in present):
-        raise UnsupportedCheckpoint(
-            f"{named} has pickled weights only.",
-            why="Unpickling can run code, so only safetensors are read.",
-            fix=OPT_IN,
-        )
-    raise BrokenCheckpoint(
-        f"{named} has neither {SINGLE_FILE} nor {INDEX_FILE}.",
-        why="A base model needs one of them beside its config.json.",
-        fix="Check `base-model` and its revision: is it a transformers checkpoint?",
-    )
+    raise no_weights(present, named=named)
 
 
 def check_adapter(paths: Iterable[str], *, named: str, pickles: bool = False) -> str:

@@ -15,13 +15,13 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from runner.adapter.folder import Adapter
+from runner.checkpoint.formats import check_plain
 from runner.checkpoint.layout import Checkpoint
 from runner.checkpoint.names import StoredNames, map_names
 from runner.checkpoint.view import view
 from runner.companions.files import read_config
 from runner.errors import BrokenCheckpoint, UnsupportedCheckpoint
 from runner.model.heads import choose_class, find_labels
-from runner.model.quantised import check_not_quantised
 from runner.model.vocabulary import resized_config
 
 # What transformers and torch say of a config that makes no sense.
@@ -105,7 +105,7 @@ def _own_class(checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], Pretraine
     raw = read_config(checkpoint.root)
     architecture = next(iter(raw.get("architectures") or ()), None)
     model_class = getattr(transformers, str(architecture), None)
-    check_not_quantised(raw, checkpoint.tensors)
+    check_plain(raw, checkpoint.tensors)
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         raise UnsupportedCheckpoint(
             f"The base's architecture is {architecture!r}, which this transformers has no class for.",

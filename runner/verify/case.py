@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.checkpoint.formats import check_plain
 from runner.checkpoint.layout import Checkpoint, read_checkpoint
 from runner.inputs.combination import Several
 from runner.inputs.rounding import Rounding
@@ -23,7 +24,7 @@ from runner.verify.packing import as_peft_packs
 from runner.verify.recipe import Recipe, read_recipe
 from runner.verify.shapes import resized_rows
 from runner.verify.sources import Sources
-from runner.verify.structure import Form, Wanted
+from runner.verify.structure import Form, Wanted, read_json
 from runner.verify.targets import Target, Targets, find_targets
 from runner.verify.unmerged import Unmerged, load_base, load_unmerged
 from runner.verify.verdict import Check, Layer, Outcome
@@ -128,6 +129,7 @@ def open_case(
     say: Progress = on_progress or (lambda _what, _share: None)
     say("reading", 0.0)
     checkpoint = read_checkpoint(base)
+    check_plain(read_json(base / "config.json") or {}, checkpoint.tensors)
     say("loading base and adapter", 0.02)
     with as_one(adapter, base) as one:
         task = read_task(checkpoint.root, one.root)

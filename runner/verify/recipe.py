@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoint.layout import TensorInfo, read_tensor_file
-from runner.errors import BrokenAdapter, BrokenCheckpoint
+from runner.errors import BrokenAdapter, CheckpointError
 from runner.syntax import parse_json
 
 CONFIG_FILE = "adapter_config.json"
@@ -252,7 +252,7 @@ def read_adapter_header(root: Path) -> dict[str, TensorInfo]:
     """
     try:
         file = read_tensor_file(root, WEIGHTS_FILE)
-    except BrokenCheckpoint as error:
+    except CheckpointError as error:
         raise BrokenAdapter(error.problem.what, why=error.problem.why, fix=error.problem.fix) from error
     return {tensor.name: tensor for tensor in file.tensors}
 

@@ -149,6 +149,35 @@ def _pickled_base(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
 
 
+def _quantised_base(folder: Path) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+    stem = "model.layers.0.self_attn.q_proj"
+    packed = {f"{stem}.weight": torch.zeros(48, 12).to(torch.uint32), f"{stem}.scales": torch.ones(48, 1)}
+    save_file(packed, folder / "model.safetensors")
+    _base_config(quantization={"group_size": 48, "bits": 8})(folder)
+
+
+def _adapter_base(folder: Path) -> None:
+    for path in (*folder.glob("model*"), folder / "config.json"):
+        path.unlink()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "someone/theirs"}')
+    (folder / "training_args.bin").write_bytes(b"\x80\x04")
+
+
+def _only(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        for path in folder.glob("model*"):
+            path.unlink()
+        (folder / name).write_bytes(b"GGUF")
+
+    return damage
+
+
+def _unindexed(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").unlink()
+
+
 def _base_config(**changes: object) -> Damage:
     def damage(folder: Path) -> None:
         path = folder / "config.json"
@@ -173,7 +202,12 @@ BAD_BASES: dict[str, tuple[Damage, int, str]] = {
     "missing shard": (_missing_shard, 5, "model-0000"),
     "pickled weights only": (_pickled_base, 5, "pytorch_model.bin"),
     "config of another size": (_base_config(hidden_size=64), 5, "config.json asks for"),
-    "quantised": (_base_config(quantization_config={"quant_method": "gptq"}), 5, "quantised with gptq"),
+    "quantised": (_quantised_base, 5, "The base is quantised (mlx, 8 bits)"),
+    "called quantised": (_base_config(quantization_config={"quant_method": "gptq"}), 5, "no tensor is quantised"),
+    "an adapter": (_adapter_base, 5, "is an adapter, of the base 'someone/theirs', not a base model"),
+    "GGUF only": (_only("model-Q4_K_M.gguf"), 5, "GGUF, the format of llama.cpp (model-Q4_K_M.gguf)"),
+    "a variant only": (_only("model.fp16.safetensors"), 5, "only the variant 'fp16' of its weights"),
+    "shards without their index": (_unindexed, 5, "and no model.safetensors.index.json"),
     "a shard that git left as a pointer": (_pointer_shard, 5, "Git LFS pointer"),
     "a tokenizer that git left as a pointer": (_pointer("tokenizer.json"), 5, "tokenizer.json is a Git LFS pointer"),
     "unknown architecture": (_base_config(architectures=["NoveltyForCausalLM"]), 5, "NoveltyForCausalLM"),

@@ -156,7 +156,13 @@ def test_a_repository_that_is_no_safe_adapter_is_refused_before_the_download(
     [
         ({"config.json": "{}", "pytorch_model.bin": b"p"}, UnsupportedCheckpoint, "pickled weights only"),
         ({"config.json": "{}"}, BrokenCheckpoint, "has neither"),
-        ({"adapter_config.json": "{}", "adapter_model.safetensors": b"a"}, BrokenCheckpoint, r"has no config\.json"),
+        ({"model.safetensors": b"a"}, BrokenCheckpoint, r"has no config\.json"),
+        ({"adapter_config.json": "{}", "adapter_model.safetensors": b"a"}, UnsupportedCheckpoint, "is an adapter"),
+        ({"config.json": "{}", "model-Q4_K_M.gguf": b"GGUF"}, UnsupportedCheckpoint, "holds GGUF, the format of llama"),
+        ({"config.json": "{}", "weights.npz": b"PK"}, UnsupportedCheckpoint, "mlx's older format"),
+        ({"params.json": "{}", "consolidated.00.pth": b"PK"}, UnsupportedCheckpoint, "the authors' own layout"),
+        ({"config.json": "{}", "model.fp16.safetensors": b"a"}, UnsupportedCheckpoint, "only the variant 'fp16'"),
+        ({"config.json": "{}", SHARDS[0]: b"a", SHARDS[1]: b"a"}, BrokenCheckpoint, "has shards"),
         (
             {"config.json": "{}", "model.safetensors.index.json": '{"weight_map": {"a": "../../etc/passwd"}}'},
             BrokenCheckpoint,

@@ -73,10 +73,23 @@ LIES = {
     "shape": ('"shape":[2,3]', '"shape":[2,4]'),
     "negative": ('"shape":[4]', '"shape":[-4]'),
     "fraction": ('"shape":[4]', '"shape":[4.0]'),
-    "unknown dtype": ('"dtype":"F32"', '"dtype":"F33"'),
     "not JSON": ("{", "["),
     "twice": ('"b":', '"a":'),
 }
+
+
+def test_a_dtype_that_is_not_known_is_named_and_not_called_a_cut_download(tmp_path: Path) -> None:
+    _rewrite(_save(tmp_path), '"dtype":"F32"', '"dtype":"F33"')
+
+    with pytest.raises(UnsupportedCheckpoint, match="in the dtype 'F33', which this version does not know"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu])
+def test_every_float8_that_safetensors_writes_is_read(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2, 3, dtype=torch.uint8).view(dtype)}, tmp_path / SINGLE_FILE)
+
+    assert read_checkpoint(tmp_path).tensors["a"].shape == (2, 3)
 
 
 @pytest.mark.parametrize("lie", LIES)
