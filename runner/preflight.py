@@ -54,7 +54,14 @@ class Resolved:
         return self.adapters[0]
 
 
-def open_hubs(inputs: Inputs, environ: Mapping[str, str], mask: Callable[[str], None], on_download: OnDownload) -> Hubs:
+def open_hubs(
+    inputs: Inputs,
+    environ: Mapping[str, str],
+    *,
+    mask: Callable[[str], None],
+    on_download: OnDownload,
+    say: Callable[[str], None],
+) -> Hubs:
     """Return the Hub with what may write and with what reads, as patient as `environ` asks; nothing is requested yet.
 
     Args:
@@ -62,11 +69,13 @@ def open_hubs(inputs: Inputs, environ: Mapping[str, str], mask: Callable[[str], 
         environ: holds what a job without a token proves itself with.
         mask: told every token that is made later.
         on_download: told how far a download is; see `connect`.
+        say: told of long waits.
 
     Raises:
         InputError: see `read_patience`.
     """
     timeout_s, patience = read_patience(environ)
+    patience = replace(patience, named_wait_s=max(patience.named_wait_s, inputs.machine.phase_timeout_s or 0.0))
 
     def hub(token: str | None, login: Login | None = None) -> Hub:
         return connect(
@@ -76,6 +85,7 @@ def open_hubs(inputs: Inputs, environ: Mapping[str, str], mask: Callable[[str], 
             timeout_s=timeout_s,
             patience=patience,
             on_download=on_download,
+            say=say,
         )
 
     reading = hub(inputs.base_token)
@@ -88,6 +98,7 @@ def open_hubs(inputs: Inputs, environ: Mapping[str, str], mask: Callable[[str], 
         identity_token=environ[IDENTITY_TOKEN],
         on_secret=mask,
         patience=patience,
+        say=say,
     )
     return Hubs(writing=hub(None, login), reading=reading)
 

@@ -57,7 +57,13 @@ class Story:
         Raises:
             RunnerError: see the rooms that do the work. A failed verdict raises nothing.
         """
-        hubs = open_hubs(self.inputs, self.environ, self.github.mask, self._on_download)
+        hubs = open_hubs(
+            self.inputs,
+            self.environ,
+            mask=self.github.mask,
+            on_download=self._on_download,
+            say=self.github.info,
+        )
         destination = open_destination(self.inputs, hubs)
         pickles = Pickles(
             allowed="pickle" in self.inputs.allow, into=self.work.path / "converted", environ=self.environ

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ def connect(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     patience: Patience | None = None,
     on_download: OnDownload = lambda _done, _total, _doing: None,
+    say: Callable[[str], None] = lambda _line: None,
 ) -> Hub:
     """Return the Hub at `endpoint`, used with exactly this token or login; nothing is requested yet.
 
@@ -50,13 +52,14 @@ def connect(
         patience: how long failing calls are repeated.
         on_download: told how far each snapshot is: bytes that are there, bytes in all, what is being done. From any
             thread.
+        say: told of long waits. From any thread.
     """
     from huggingface_hub import HfApi
 
     install_client(timeout_s)
     login = login or Given(token)
     api = HfApi(endpoint=endpoint, token=token or False)
-    return Hub(api, Caller(login=login, patience=patience or Patience()), login, on_download)
+    return Hub(api, Caller(login=login, patience=patience or Patience(), say=say), login, on_download)
 
 
 class Hub(Writing):

@@ -50,6 +50,7 @@ class Keyless:
         identity_token: str,
         on_secret: Callable[[str], None],
         patience: Patience | None = None,
+        say: Callable[[str], None] = lambda _line: None,
     ) -> None:
         """Take what a token is asked for with; nothing is requested yet.
 
@@ -60,12 +61,13 @@ class Keyless:
             identity_token: what the job shows there.
             on_secret: told every token before it is used, so that no log shows it.
             patience: how long failing calls are repeated.
+            say: told of long waits.
         """
         self._endpoint, self._repo_id = endpoint, repo_id
         self._url, self._identity = identity_url, identity_token
         self._on_secret = on_secret
         self._secrets = [identity_token]
-        self._caller = Caller(login=self._seen(), patience=patience or Patience())
+        self._caller = Caller(login=self._seen(), patience=patience or Patience(), say=say)
         self._lock = threading.Lock()
         self._token: str | None = None
         self._renew_at_s = 0.0

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import re
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
+from http import HTTPStatus
 from typing import Any
 
 from runner.errors import (
@@ -29,6 +32,7 @@ _URL_SECRETS = re.compile(r"(https?://)(?:[^/@\s]*@)?([^\s?#'\"<>]*)(?:[?#][^\s'
 # How hf_xet tells a refusal that it has not waited for; it renews an expired token of the storage itself.
 _XET_REFUSAL = re.compile(r"HTTP status client error \((4(?!08|29)\d\d) ")
 _XET_TOKEN = re.compile(r"/xet-(?:write|read)-token/")
+_PARAMETER = re.compile(r";\s*([rtw])\s*=\s*(\d+)")
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e\u00a0-\uffff]+")
 
 
@@ -67,18 +71,36 @@ def _quoted(text: object, secrets: tuple[str, ...]) -> str:
 
 
 def pause_hint_s(error: BaseException) -> float | None:
-    """Return the seconds that the Hub asked to wait, or None where it did not ask.
+    """Return the seconds that the Hub asked to wait, at least 0, or None where it did not ask.
 
-    Source: `Retry-After` in seconds (RFC 9110), else `RateLimit: "api";r=0;t=<seconds>` with nothing remaining.
+    Source: `Retry-After`, in seconds or as a date (RFC 9110, section 10.2.3); else the field `RateLimit` of the draft
+    draft-ietf-httpapi-ratelimit-headers, `"api";r=0;t=<seconds>`, where nothing remains (`r=0`) until the window ends
+    (`t`). Where a 429 names neither, the longest window (`w`) of `RateLimit-Policy`, within which it must end.
     """
     response = getattr(_root(error), "response", None)
     if response is None:
         return None
-    after = str(response.headers.get("retry-after", "")).strip()
-    if after.isdigit():
-        return float(after)
-    limit = re.search(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", str(response.headers.get("ratelimit", "")))
-    return float(limit.group(1)) if limit else None
+    if (after_s := _retry_after_s(str(response.headers.get("retry-after", "")).strip())) is not None:
+        return after_s
+    windows = [dict(_PARAMETER.findall(item)) for item in str(response.headers.get("ratelimit", "")).split(",")]
+    ends_s = [float(window["t"]) for window in windows if window.get("r") == "0" and "t" in window]
+    if ends_s:
+        return max(ends_s)
+    policies = [dict(_PARAMETER.findall(item)) for item in str(response.headers.get("ratelimit-policy", "")).split(",")]
+    lengths_s = [float(policy["w"]) for policy in policies if "w" in policy]
+    is_limited = getattr(response, "status_code", None) == HTTPStatus.TOO_MANY_REQUESTS
+    return max(lengths_s) if is_limited and lengths_s else None
+
+
+def _retry_after_s(text: str) -> float | None:
+    if text.isdigit():
+        return float(text)
+    try:
+        until = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    until = until if until.tzinfo else until.replace(tzinfo=UTC)
+    return max(0.0, (until - datetime.now(UTC)).total_seconds())
 
 
 def translate(error: BaseException, *, doing: str, secrets: tuple[str, ...]) -> RunnerError:

@@ -26,23 +26,32 @@ DEFAULT_TIMEOUT_S = 60.0
 TIMEOUT_VARIABLE = "LORA_MERGE_HUB_TIMEOUT_S"
 DEADLINE_VARIABLE = "LORA_MERGE_HUB_DEADLINE_S"
 FIRST_WAIT_VARIABLE = "LORA_MERGE_HUB_FIRST_WAIT_S"
+LEAST_NAMED_WAIT_S = 300.0  # a whole window of the Hub's rate limit
+TOLD_FROM_S = 5.0  # a wait as long as this is told
+TOLD_EVERY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
     """How long a failing call is repeated.
 
+    Two clocks run: one for the waits of our own choice, one for those that the Hub names, such as the rest of a
+    five-minute window of its rate limit.
+
     Attributes:
-        attempts: at most so many requests for one call.
-        deadline_s: no new request is started when it would begin later than this after the first one.
+        attempts: at most so many requests for one call; by default so many that a deadline ends the waiting first.
+        deadline_s: no new request is started when it would begin later than this after the first one, named waits
+            left out.
         first_wait_s: before the second request; doubled each time.
-        longest_wait_s: the doubling ends here; a wait that the Hub asks for may be longer.
+        longest_wait_s: the doubling ends here.
+        named_wait_s: as long, all together, the waits that the Hub names may be.
     """
 
-    attempts: int = 7
+    attempts: int = 100
     deadline_s: float = 180.0
     first_wait_s: float = 1.0
     longest_wait_s: float = 20.0
+    named_wait_s: float = LEAST_NAMED_WAIT_S
 
 
 def read_patience(environ: Mapping[str, str]) -> tuple[float, Patience]:
@@ -118,10 +127,11 @@ def install_client(timeout_s: float) -> None:
 class Caller:
     """Makes calls of the client on behalf of one login."""
 
-    def __init__(self, *, login: Login, patience: Patience) -> None:
-        """Take whose secrets no error may show, and how long to try."""
+    def __init__(self, *, login: Login, patience: Patience, say: Callable[[str], None] = lambda _line: None) -> None:
+        """Take whose secrets no error may show, how long to try, and who is told of long waits."""
         self._login = login
         self._patience = patience
+        self._say = say
 
     def read(self, doing: str, call: Callable[[], T], *, attempts: int | None = None) -> T:
         """Return what `call` returns; it may be made several times.
@@ -134,8 +144,7 @@ class Caller:
         Raises:
             HubError: the family says why; `HubUnavailable` after the last attempt.
         """
-        hint_s: float | None = None
-        for wait in self._waits(attempts or self._patience.attempts):
+        for wait in self._waits(doing, attempts or self._patience.attempts):
             try:
                 return call()
             except client_errors() as error:
@@ -145,7 +154,7 @@ class Caller:
                 hint_s = 0.0  # with another token, at once
             elif not isinstance(failure, HubUnavailable):
                 raise failure from None  # the client's own text may hold a signed URL
-            if not wait(hint_s):
+            if not wait(hint_s, failure):
                 raise failure from None
         raise AssertionError("the last wait is always refused")
 
@@ -164,8 +173,8 @@ class Caller:
         """
         answer: A | None = None
         failure: RunnerError | None = None
-        hint_s: float | None = None
-        for wait in self._waits(self._patience.attempts):
+        for wait in self._waits(doing, self._patience.attempts):
+            hint_s: float | None = None
             if answer is None:
                 try:
                     answer, failure = write(), None
@@ -179,28 +188,59 @@ class Caller:
             found = landed(answer)
             if found is not None:
                 return found
-            if not wait(hint_s):
+            if not wait(hint_s, failure):
                 raise failure or _not_shown(doing)
         raise AssertionError("the last wait is always refused")
 
     def _translate(self, error: BaseException, doing: str) -> RunnerError:
         return translate(error, doing=doing, secrets=self._login.secrets)
 
-    def _waits(self, attempts: int) -> Iterator[Callable[[float | None], bool]]:
+    def _waits(self, doing: str, attempts: int) -> Iterator[Callable[[float | None, RunnerError | None], bool]]:
         patience = self._patience
         begin_s = time.monotonic()
+        named_s = 0.0
         for attempt in range(attempts):
-            own_s = min(patience.longest_wait_s, patience.first_wait_s * 2**attempt)
+            own_s = min(patience.longest_wait_s, patience.first_wait_s * 2 ** min(attempt, 30))
 
-            def wait(hint_s: float | None, attempt: int = attempt, own_s: float = own_s) -> bool:
-                pause_s = own_s if hint_s is None else max(hint_s, patience.first_wait_s)
-                too_late = time.monotonic() + pause_s - begin_s > patience.deadline_s
-                if too_late or attempt + 1 == attempts:
+            def wait(
+                hint_s: float | None, failure: RunnerError | None, attempt: int = attempt, own_s: float = own_s
+            ) -> bool:
+                nonlocal named_s
+                if attempt + 1 == attempts:
                     return False
-                time.sleep(pause_s)
+                if hint_s is None:
+                    if time.monotonic() + own_s - begin_s - named_s > patience.deadline_s:
+                        return False
+                    time.sleep(own_s)
+                    return True
+                pause_s = max(hint_s, patience.first_wait_s)
+                if named_s + pause_s > patience.named_wait_s:
+                    raise _too_long(doing, failure, pause_s, named_s, patience.named_wait_s)
+                named_s += pause_s
+                self._wait_as_asked(doing, pause_s)
                 return True
 
             yield wait
+
+    def _wait_as_asked(self, doing: str, pause_s: float) -> None:
+        left_s = pause_s
+        while left_s > 0:
+            if pause_s >= TOLD_FROM_S:
+                self._say(f"The Hub asks to wait before it is asked again to {doing}: {left_s:.0f} s left.")
+            step_s = min(left_s, TOLD_EVERY_S)
+            time.sleep(step_s)
+            left_s -= step_s
+
+
+def _too_long(
+    doing: str, failure: RunnerError | None, pause_s: float, waited_s: float, limit_s: float
+) -> HubUnavailable:
+    before = f" after {waited_s:.0f} s that it named before" if waited_s else ""
+    return HubUnavailable(
+        f"Could not {doing}: the Hub asks to wait {pause_s:.0f} s{before}, and this run waits {limit_s:.0f} s at most.",
+        why=failure.problem.what if failure is not None else "It named that time in its answer.",
+        fix="Run again when that time is over, or let `phase-timeout-minutes` be longer than the wait.",
+    )
 
 
 def _not_shown(doing: str) -> HubUnavailable:

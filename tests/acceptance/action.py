@@ -32,7 +32,7 @@ LIMITS = Limits(multipart_threshold_bytes=1_600_000, part_size_bytes=1 << 20)
 # Settings that every user has; they make a failing run short.
 SHORT = {
     "LORA_MERGE_HUB_TIMEOUT_S": "3",
-    "LORA_MERGE_HUB_DEADLINE_S": "12",
+    "LORA_MERGE_HUB_DEADLINE_S": "6",
     "LORA_MERGE_HUB_FIRST_WAIT_S": "0.05",
     "HF_XET_CLIENT_RETRY_BASE_DELAY": "20ms",
     "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "3",

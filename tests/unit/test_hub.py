@@ -6,6 +6,9 @@ import errno
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 
 import httpx2
 import pytest
@@ -147,12 +150,73 @@ def test_a_secret_is_never_in_cleaned_text(text: str, secret: str) -> None:
         ({"Retry-After": "7"}, 7.0),
         ({"RateLimit": '"api";r=0;t=55'}, 55.0),
         ({"RateLimit": '"api";r=3;t=55'}, None),
-        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, None),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
+        ({"Retry-After": "soon"}, None),
+        ({"RateLimit": '"api";r=7;t=12, "resolvers";r=0;t=140'}, 140.0),
+        ({"RateLimit-Policy": '"fixed window";"api";q=500;w=300'}, 300.0),
+        ({"RateLimit": '"api";r=0;t=20', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}, 20.0),
         ({}, None),
     ],
 )
 def test_the_wait_that_the_hub_asks_for_is_read(headers: dict[str, str], wanted_s: float | None) -> None:
     assert pause_hint_s(http_error(429, headers)) == wanted_s
+
+
+def test_a_date_to_wait_for_is_seconds_from_now() -> None:
+    then = datetime.now(UTC) + timedelta(seconds=90)
+    wait_s = pause_hint_s(http_error(429, {"Retry-After": format_datetime(then, usegmt=True)}))
+    assert wait_s is not None
+    assert 85 < wait_s <= 90
+
+
+def test_a_policy_alone_is_no_reason_to_wait() -> None:
+    assert pause_hint_s(http_error(503, {"RateLimit-Policy": '"api";q=500;w=300'})) is None
+
+
+def busy(headers: dict[str, str], times: int) -> Callable[[], str]:
+    """Return a call that is answered by 429 so many times."""
+    left = [http_error(429, headers) for _ in range(times)]
+
+    def call() -> str:
+        if left:
+            raise left.pop()
+        return "there"
+
+    return call
+
+
+def test_a_wait_that_the_hub_names_is_kept_beyond_the_deadline_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("runner.hub.transport.time.sleep", slept.append)
+    told: list[str] = []
+    caller = Caller(login=Given(None), patience=Patience(deadline_s=1.0), say=told.append)
+    assert caller.read("read the refs", busy({"RateLimit": '"api";r=0;t=250'}, 1)) == "there"
+    assert sum(slept) == 250
+    assert [line.rpartition(": ")[2] for line in told] == [f"{left} s left." for left in (250, 190, 130, 70, 10)]
+
+
+def test_a_named_wait_above_the_limit_is_an_error_with_both_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("runner.hub.transport.time.sleep", slept.append)
+    caller = Caller(login=Given(None), patience=Patience())
+    with pytest.raises(HubUnavailable, match="asks to wait 301 s, and this run waits 300 s at most"):
+        caller.read("read the refs", busy({"Retry-After": "301"}, 1))
+    with pytest.raises(HubUnavailable, match="200 s after 200 s that it named before, and this run waits 300 s"):
+        caller.read("read the refs", busy({"Retry-After": "200"}, 2))
+    assert sum(slept) == 200
+
+
+def test_failing_calls_are_repeated_until_the_deadline_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("runner.hub.transport.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("runner.hub.transport.time.sleep", lambda pause_s: now.__setitem__(0, now[0] + pause_s))
+
+    def call() -> None:
+        raise http_error(503)
+
+    with pytest.raises(HubUnavailable):
+        Caller(login=Given(None), patience=Patience()).read("read the refs", call)
+    assert 160 <= now[0] <= 180
 
 
 def test_a_call_is_not_repeated_when_the_answer_is_a_refusal() -> None:
