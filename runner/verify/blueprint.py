@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from runner.checkpoint.conversion import Conversion
 from runner.checkpoint.layout import TensorInfo
@@ -30,6 +31,8 @@ class Blueprint:
         embeddings: modules that look rows up.
         heads: keys that no tensor of the base makes: only the adapter can have them.
         dropped: stored tensors of the base's own head, which a merged model of another class has not.
+        buffers: keys of what the model computes itself and no file needs to hold.
+        empty: makes the model without weights.
     """
 
     keys: Mapping[str, tuple[int, ...]]
@@ -40,6 +43,8 @@ class Blueprint:
     embeddings: frozenset[str]
     heads: frozenset[str]
     dropped: frozenset[str]
+    buffers: frozenset[str]
+    empty: Callable[[], PreTrainedModel]
 
 
 def read_blueprint(root: Path, tensors: Mapping[str, TensorInfo], task: Task) -> Blueprint:
@@ -71,6 +76,8 @@ def read_blueprint(root: Path, tensors: Mapping[str, TensorInfo], task: Task) ->
         embeddings=frozenset(path for path, module in modules.items() if isinstance(module, nn.Embedding)),
         heads=frozenset(keys.keys() - made) if task.departs else frozenset(),
         dropped=_dropped(root, list(tensors), task, found.unknown),
+        buffers=frozenset(key for key, _ in model.named_non_persistent_buffers()),
+        empty=lambda: task.empty(root),
     )
 
 

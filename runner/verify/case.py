@@ -22,6 +22,7 @@ from runner.verify.combined import as_one
 from runner.verify.modules import LIMIT, Probe, probe_modules
 from runner.verify.packing import as_peft_packs
 from runner.verify.recipe import Recipe, read_recipe
+from runner.verify.renamed import may_lack
 from runner.verify.shapes import resized_rows
 from runner.verify.sources import Sources
 from runner.verify.structure import Form, Wanted, read_json
@@ -87,6 +88,7 @@ class Case:
             may_untie=bool(targets.untied) or has_copies,
             rows=self.rows,
             config=self.config,
+            may_lack=may_lack(targets, self.blueprint),
         )
 
     @property

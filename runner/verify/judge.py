@@ -32,6 +32,7 @@ from runner.verify.modules import Probe
 from runner.verify.outputs import judge_outputs
 from runner.verify.own_dtype import own_dtype, told
 from runner.verify.prompts import make_questions
+from runner.verify.renamed import in_the_base_names
 from runner.verify.storage import Storage, compare_storage, judge_storage
 from runner.verify.structure import judge_structure
 from runner.verify.verdict import Check, Continuation, Diagnosis, Layer, ModuleRow, Outcome, Quality, Status, Verdict
@@ -138,6 +139,7 @@ def judge_merge(  # noqa: PLR0913 (all by name)
     checkpoint = _read(merged)
     if isinstance(checkpoint, Check):
         return _verdict(_unreadable(merged, checkpoint), case.seed, start)
+    checkpoint = in_the_base_names(checkpoint, case.targets, case.blueprint)
     findings = _Findings(checks=[Check(layer=Layer.STRUCTURE, name=READABLE, outcome=Outcome.PASS)])
     _judge_files(findings, case, checkpoint, right, say)
     if end_to_end:

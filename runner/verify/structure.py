@@ -8,12 +8,12 @@ the matter of `runner.verify.files`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoint.layout import INDEX_FILE, Checkpoint, TensorInfo
+from runner.checkpoint.layout import INDEX_FILE, Checkpoint
 from runner.syntax import parse_json
 from runner.verify.resaved import loads_alike
 from runner.verify.verdict import Check, Layer, Outcome
@@ -47,6 +47,7 @@ class Form:
         may_untie: whether the tie flag may be false: `is_untied`, or both sides are stored though they are equal.
         rows: the vocabulary's size where the adapter changes it, else None.
         config: keys of config.json that must have these values: those of the class that the adapter's task needs.
+        may_lack: tensors that loading does not need → those of which one must be there instead, or none at all.
     """
 
     required: Mapping[str, Wanted]
@@ -56,6 +57,17 @@ class Form:
     may_untie: bool
     rows: int | None
     config: Mapping[str, Any]
+    may_lack: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+    def missing(self, found: Collection[str]) -> tuple[list[str], list[str]]:
+        """Return the required names that `found` lacks: those that loading needs, and those that it does not."""
+        lost = [name for name in self.required if name not in found]
+        needless = [name for name in lost if name in self.may_lack and self._has_instead(name, found)]
+        return [name for name in lost if name not in needless], needless
+
+    def _has_instead(self, name: str, found: Collection[str]) -> bool:
+        others = self.may_lack[name]
+        return not others or any(other in found for other in others)
 
 
 def judge_structure(*, base: Checkpoint, merged: Checkpoint, form: Form) -> Iterator[Check]:
@@ -66,22 +78,35 @@ def judge_structure(*, base: Checkpoint, merged: Checkpoint, form: Form) -> Iter
         merged: the merged folder, read; that this was possible is itself a check of the caller's.
         form: what is expected.
     """
-    yield _tensors(merged.tensors, form)
+    yield _tensors(merged, form)
     yield _totals(base, merged)
     yield _config(base.root, merged.root, form)
     yield _tie_flag(base.root, merged, form)
 
 
-def _tensors(found: Mapping[str, TensorInfo], form: Form) -> Check:
-    known = {**form.optional, **form.required}
-    problems = [f"{name} is missing" for name in form.required if name not in found]
+def _tensors(merged: Checkpoint, form: Form) -> Check:
+    found, known = merged.tensors, {**form.optional, **form.required}
+    missing, needless = form.missing(found)
+    problems = [f"{name} is missing" for name in missing]
     problems += [f"{name} is not expected" for name in found if name not in known]
     for name, wanted in known.items():
         if name in found and found[name].shape != wanted.shape:
             problems.append(f"{name} has shape {list(found[name].shape)}, expected {list(wanted.shape)}")
         elif name in found and found[name].dtype != wanted.dtype:
             problems.append(f"{name} is {found[name].dtype}, expected {wanted.dtype}")
-    return _check("every tensor has its name, shape and dtype, and none is extra", problems, limit=0)
+    name = "every tensor has its name, shape and dtype, and none is extra"
+    check = _check(name, problems, limit=0)
+    told = "; ".join(_equal_when_loaded(merged, needless))
+    return replace(check, outcome=Outcome.WARN, detail=f"{told}.") if told and not problems else check
+
+
+def _equal_when_loaded(merged: Checkpoint, needless: Sequence[str]) -> Iterator[str]:
+    """Yield how the tensors differ from the base's though transformers loads the same."""
+    renamed = [info.name for file in merged.files for info in file.tensors if info.name not in merged.tensors]
+    if renamed:
+        yield f"{len(renamed)} tensors have another name than in the base, the first {renamed[0]}, and load as the same"
+    if needless:
+        yield f"{len(needless)} tensors are left out that loading does not need, the first {needless[0]}"
 
 
 def _totals(base: Checkpoint, merged: Checkpoint) -> Check:

@@ -9,7 +9,7 @@ Parameters that transformers computes from other stored tensors are judged where
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from runner.checkpoint.layout import Checkpoint
 from runner.errors import UnsupportedAdapter
@@ -63,6 +63,7 @@ class Targets:
         unmapped: changed parameters whose stored form this judge cannot tell.
         rounding: of the touched tensors.
         twins: stored name → the name whose draws it takes, where the base ties the two and stores both.
+        copies: name → the other names of the same tie, for ties that hold: loading needs one of them.
     """
 
     required: Mapping[str, Target]
@@ -71,6 +72,7 @@ class Targets:
     unmapped: tuple[str, ...]
     rounding: Rounding
     twins: Mapping[str, str]
+    copies: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def chance(self, target: Target) -> Chance | None:
         """Return the draws of a tensor, or None where it is rounded to the nearest."""
@@ -123,13 +125,16 @@ def find_targets(
     optional: dict[str, Target] = {}
     untied: list[str] = []
     twins: dict[str, str] = {}
+    held: dict[str, set[str]] = {}
     for tied, origin in sorted(blueprint.ties.items()):
         absent = tied if tied not in blueprint.stored else origin
         if not _is_tied(sources, blueprint, tied, origin):
             continue
         changed = [key for key in (tied, origin) if key in touched]
         holds = not changed or _still_equal(sources, tied, origin, changed)
-        if not holds:
+        if holds:
+            held.setdefault(origin, {blueprint.stored.get(origin, origin)}).add(blueprint.stored.get(tied, tied))
+        else:
             untied.append(tied)
         if absent not in blueprint.stored:
             place = optional if holds else required
@@ -144,6 +149,7 @@ def find_targets(
         unmapped=tuple(sorted(touched - mapped - keys_of(sources.computed))),
         rounding=rounding,
         twins=twins,
+        copies={name: frozenset(names - {name}) for names in held.values() for name in names},
     )
 
 

@@ -51,6 +51,7 @@ class Meaning:
         special: what each special token is.
         settings: what else it was told: the longest input, on which side it pads.
         template: of chats; "" for none.
+        saved: tokenizer.json as saving it again writes it; "" where it has none.
     """
 
     rules: str
@@ -59,6 +60,7 @@ class Meaning:
     special: str
     settings: str
     template: str
+    saved: str
 
     @property
     def words(self) -> tuple[Any, ...]:
@@ -109,11 +111,18 @@ def relate(base: Listing, adapter: Listing) -> Relation:
     return Relation.UNKNOWN if all(same_bytes(path, base, adapter) for path in both) else Relation.OTHER
 
 
-def says_the_same(path: str, folder: Listing, expected: Listing) -> bool:
-    """Return whether a changed file of a tokenizer holds what the expected one holds, though in other bytes."""
+def says_the_same(path: str, folder: Listing, expected: Listing, saved: str = "") -> bool:
+    """Return whether a changed file of a tokenizer holds what the expected one holds, though in other bytes.
+
+    Args:
+        path: of the file.
+        folder: where it is changed.
+        expected: where it is right.
+        saved: what transformers makes of the expected tokenizer.json when it saves it, where that is loaded.
+    """
     if path == FAST:
         found, wanted = (_fast(side) for side in (folder, expected))
-        return found is not None and found == wanted
+        return found is not None and found in (wanted, saved)
     found, wanted = (json_of(path, side) for side in (folder, expected))
     if found is None or wanted is None:
         return False
@@ -144,6 +153,7 @@ def _meaning(tokenizer: Any) -> Meaning:
         special=canonical([special, sorted(map(str, tokenizer.all_special_tokens))]),
         settings=canonical({name: getattr(tokenizer, name, None) for name in sides}),
         template=canonical(template) if template else "",
+        saved=_without_limits(tokenizer.backend_tokenizer) if tokenizer.is_fast else "",
     )
 
 
@@ -161,11 +171,14 @@ def _fast(folder: Listing) -> str | None:
     if not 0 < folder.sizes.get(FAST, 0) <= MAX_JSON_BYTES:
         return None
     with _caught() as caught:
-        made = Tokenizer.from_str(folder.names(FAST).read_text())
-        made.no_padding()
-        made.no_truncation()
-        caught.append(made.to_str())
+        caught.append(_without_limits(Tokenizer.from_str(folder.names(FAST).read_text())))
     return str(caught[0]) if caught else None
+
+
+def _without_limits(made: Any) -> str:
+    made.no_padding()
+    made.no_truncation()
+    return str(made.to_str())
 
 
 def _bare(value: Any) -> Any:

@@ -47,7 +47,7 @@ def read_structure(case: Case, merged: Checkpoint) -> Iterator[Diagnosis]:
 def _tensors(case: Case, merged: Checkpoint) -> Iterator[Diagnosis]:
     wanted = {**case.targets.optional, **case.targets.required}
     found = merged.tensors
-    missing = [name for name in case.targets.required if name not in found]
+    missing, _ = case.form(merged).missing(found)
     heads = [name for name in missing if case.targets.required[name].key in _untied(case)]
     if heads:
         told = "The adapter makes head and embedding differ, and only one of the two is stored."
