@@ -17,7 +17,7 @@ from typing import Any
 
 import peft
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils.save_and_load import set_peft_model_state_dict
 from torch import nn
@@ -38,6 +38,7 @@ from runner.model.expert_packing import as_peft_packs
 from runner.model.forms import first_line
 from runner.model.heads import PREFIX
 from runner.model.placed import check_copies, is_repeated, is_wrapper, mark, repeats, replaced, untrained, widen
+from runner.model.single_experts import Single, describe, find_single_experts, pack_single_experts, target_stacks
 
 ADAPTER_NAME = "default"
 
@@ -115,8 +116,13 @@ def attach(
     before = {key: mark(tensor) for key, tensor in parameters.items()}
     namings = [name_adapter(model, one.config, one.tensors) for one in adapters]
     if combination is None:
-        peft_model = _wrap(model, _peft_config(adapter, namings[0]), adapter, ADAPTER_NAME, namings[0].names.values())
-        placed, packing = _load(peft_model, adapter, ADAPTER_NAME, namings[0].names, _unknown(base))
+        config, names = _peft_config(adapter, namings[0]), namings[0].names
+        shapes = {key: tuple(tensor.shape) for key, tensor in stored.items()}
+        stacks = find_single_experts(shapes, names.values()) if isinstance(config, LoraConfig) else ()
+        if stacks:
+            target_stacks(config, stacks, shapes)
+        peft_model = _wrap(model, config, adapter, ADAPTER_NAME, names.values())
+        placed, packing = _load(peft_model, adapter, ADAPTER_NAME, names, _unknown(base), stacks)
     else:
         peft_model = _wrap_several(model, adapters, namings, only_plans=only_plans)
         quickest = Combination(kind="cat", weights=combination.weights)
@@ -241,16 +247,24 @@ def _leads_to_modules(model: nn.Module, names: Iterable[str]) -> bool:
 
 
 def _load(
-    peft_model: PeftModel, adapter: Adapter, name: str, names: Mapping[str, str], own: Container[str]
+    peft_model: PeftModel,
+    adapter: Adapter,
+    name: str,
+    names: Mapping[str, str],
+    own: Container[str],
+    stacks: tuple[Single, ...] = (),
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     """Load the adapter and return what it changed (state-dict key of the PEFT model → tensor as stored), and notes.
 
-    Its tensors go by `names`; the base has no values for the keys `own`. A copy of a base tensor that only repeats the
+    Its tensors go by `names`; the base has no values for the keys `own`, and `stacks` are those whose experts have a
+    layer each in the adapter. A copy of a base tensor that only repeats the
     base (PEFT saves one beside an embedding's LoRA) is left out.
     """
     mapped = MappedFile(adapter.root / WEIGHTS_FILE, adapter.tensors)
     named = {names[key]: tensor for key, tensor in mapped.tensors.items()}
     weights, packing = as_peft_packs(peft_model, adapter.config, named)
+    if stacks:
+        weights, packing = pack_single_experts(peft_model, weights, stacks), (*packing, *describe(stacks))
     placed: dict[str, torch.Tensor] = {}
     load_state_dict = peft_model.load_state_dict
 

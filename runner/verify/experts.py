@@ -22,6 +22,7 @@ from torch import nn
 
 from runner.adapter.expert_layout import Pair, read_layout
 from runner.checkpoint.layout import TensorInfo
+from runner.errors import UnsupportedAdapter
 from runner.verify.elements import Stored
 from runner.verify.exact import ExactLowRank
 from runner.verify.recipe import PREFIX, Recipe, scaling_of
@@ -49,12 +50,29 @@ class ExpertRule:
     is_grouped: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SingleRule:
+    """E[e] = W[e] + scaling · (B_e·A_e), or its transpose, with a pair of adapter tensors for each expert.
+
+    Attributes:
+        pairs: expert → names of its A, shape (rank, in), and B, shape (out, rank); the others keep W.
+        scaling: alpha/rank, or alpha/sqrt(rank) for rsLoRA.
+        stack: (experts, m, n) of the parameter.
+        is_transposed: whether the product is transposed, because the class stores its experts as (in, out).
+    """
+
+    pairs: Mapping[int, tuple[str, str]]
+    scaling: float
+    stack: tuple[int, ...]
+    is_transposed: bool
+
+
 class ExactExperts:
     """E of a stack that is stored as one tensor; rows are experts."""
 
     is_copy = False
 
-    def __init__(self, base: Stored, rule: ExpertRule, recipe: Recipe):
+    def __init__(self, base: Stored, rule: ExpertRule | SingleRule, recipe: Recipe):
         """Take W as stored, and the rule."""
         self.shape = base.info.shape
         self._base = base
@@ -98,7 +116,7 @@ def wrappers(unit: nn.Module) -> Iterator[tuple[str, Any, int]]:
 
 def expert_rules(
     recipe: Recipe, units: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, ExpertRule], frozenset[str]]:
+) -> tuple[dict[str, ExpertRule | SingleRule], frozenset[str]]:
     """Return key → rule of every stack of experts that the adapter targets, and the adapter tensors that they use.
 
     Args:
@@ -126,10 +144,14 @@ def expert_rules(
                 stack=shapes[key],
                 is_in_out=not wrapper._did_swap_in_out_features,
             )
+    rules: dict[str, ExpertRule | SingleRule] = dict(single_experts(recipe, units, shapes))
+    mine = {
+        name for rule in rules.values() if isinstance(rule, SingleRule) for pair in rule.pairs.values() for name in pair
+    }
     if not pairs:
-        return {}, frozenset()
+        return rules, frozenset(mine)
     layout = read_layout(recipe.config, list(pairs.values()))
-    rules = {
+    rules |= {
         key: ExpertRule(
             a=used[key][0],
             b=used[key][1],
@@ -140,17 +162,71 @@ def expert_rules(
         )
         for key, pair in pairs.items()
     }
-    return rules, frozenset(name for names in used.values() for name in names)
+    return rules, frozenset(mine | {name for names in used.values() for name in names})
 
 
-def factors(rule: ExpertRule, recipe: Recipe, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+def single_experts(
+    recipe: Recipe, units: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, SingleRule]:
+    """Return key → rule of every stack whose experts have a layer each in the adapter, as gpt-oss in 4 bits has them.
+
+    Args:
+        recipe: the adapter.
+        units: PEFT's outermost modules, which say how the class stores its experts.
+        shapes: of the base's parameters by key.
+
+    Raises:
+        UnsupportedAdapter: the experts of one stack are scaled differently.
+    """
+    rules = {}
+    for path, unit in units.items():
+        for parameter, wrapper, _ in wrappers(unit):
+            key = f"{path}.{parameter}"
+            pairs = single_pairs(recipe, key, shapes[key])
+            if not pairs:
+                continue
+            scalings = {scaling_of(f"{key}s.{expert}", recipe.config) for expert in pairs}
+            if len(scalings) > 1:
+                raise UnsupportedAdapter(
+                    f"The adapter scales the experts of {key!r} by {min(scalings):g} to {max(scalings):g}.",
+                    why="The judge holds them against PEFT's layer of the whole stack, which has one factor.",
+                    fix="Release the adapter unmerged, or train all experts alike.",
+                )
+            rules[key] = SingleRule(
+                pairs=pairs,
+                scaling=scalings.pop(),
+                stack=shapes[key],
+                is_transposed=not wrapper._did_swap_in_out_features,
+            )
+    return rules
+
+
+def single_pairs(recipe: Recipe, key: str, shape: tuple[int, ...]) -> dict[int, tuple[str, str]]:
+    """Return expert → names of the two factors of its own layer, for a stack `key` of that shape."""
+    names = {
+        expert: (f"{PREFIX}{key}s.{expert}.lora_A.weight", f"{PREFIX}{key}s.{expert}.lora_B.weight")
+        for expert in range(shape[0] if len(shape) == 3 else 0)
+    }
+    return {expert: pair for expert, pair in names.items() if all(name in recipe.tensors for name in pair)}
+
+
+def factors(rule: ExpertRule | SingleRule, recipe: Recipe, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (left, right) of one expert in the stored dtype: shapes (m, rank) and (rank, n)."""
+    if isinstance(rule, SingleRule):
+        return _single_factors(rule, recipe, expert)
     a = _read(recipe.root, recipe.tensors[rule.a])
     b = _read(recipe.root, recipe.tensors[rule.b])
     rank = a.shape[0] // rule.experts
     own_a = a[expert * rank : (expert + 1) * rank]
     own_b = b[:, expert * rank : (expert + 1) * rank] if rule.is_grouped else b[:, expert :: rule.experts]
     return (own_a.T, own_b.T) if rule.is_transposed else (own_b, own_a)
+
+
+def _single_factors(rule: SingleRule, recipe: Recipe, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if expert not in rule.pairs:
+        return torch.zeros(rule.stack[1], 1), torch.zeros(1, rule.stack[2])
+    a, b = (read_tensor(recipe.root, recipe.tensors[name]) for name in rule.pairs[expert])
+    return (a.T, b.T) if rule.is_transposed else (b, a)
 
 
 @lru_cache(maxsize=2)

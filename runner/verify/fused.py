@@ -14,7 +14,7 @@ import torch
 from runner.checkpoint.conversion import Conversion, Group
 from runner.verify.elements import Stored
 from runner.verify.exact import Exact, ExactLowRank
-from runner.verify.experts import ExpertRule, factors
+from runner.verify.experts import ExpertRule, SingleRule, factors
 from runner.verify.recipe import LowRank, Recipe
 from runner.verify.tensors import read_tensor, row_count
 
@@ -65,7 +65,7 @@ class Fused:
         self,
         conversion: Conversion,
         recipe: Recipe,
-        rules: Mapping[str, ExpertRule],
+        rules: Mapping[str, ExpertRule | SingleRule],
         stored: Callable[[str], Stored],
     ) -> None:
         """Take the base's conversion, the adapter, its rules for stacks of experts by key, and the base's tensors."""

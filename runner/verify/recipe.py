@@ -217,12 +217,13 @@ def scaling_of(module: str, config: Mapping[str, Any]) -> float:
     Source: PEFT's documentation of `rank_pattern` and `alpha_pattern` (the first key that matches the end of the
     module's path as a regular expression wins) and of `use_rslora` (alpha/sqrt(r) instead of alpha/r).
     """
-    rank = _pattern(config.get("rank_pattern"), module, config.get("r", 8))
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    rank = value_of(config.get("rank_pattern"), module, config.get("r", 8))
+    alpha = value_of(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _pattern(patterns: Any, module: str, default: Any) -> Any:
+def value_of(patterns: Any, module: str, default: Any) -> Any:
+    """Return what `rank_pattern` or `alpha_pattern` says of a module, or the default."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
