@@ -108,14 +108,14 @@ def _changed(speech: _Speech) -> Iterator[Said]:
         return
     expected = speech.expected
     found, wanted = load_meaning(speech.merged), load_meaning(expected, speech.base)
-    alike, saved = found is not None and found == wanted, wanted.saved if wanted is not None else ""
+    alike = found is not None and found == wanted
     whose = "adapter" if expected is speech.adapter else "base"
     for path in speech.changed:
         kind, told = kind_of(path), shown(path)
         if path not in expected:
             same = alike and not is_vocabulary(path)
             yield path, kind, f"{told} is not expected{'; loading gives the same' if same else ''}", same
-        elif says_the_same(path, speech.merged, expected, saved) and (path != SETTINGS or alike):
+        elif says_the_same(path, speech.merged, expected, wanted) and (path != SETTINGS or alike):
             yield path, kind, f"{told} has other bytes than the {whose}'s and means the same", True
         else:
             yield path, kind, f"{told} is neither the base's nor the adapter's", False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Meaning:
         settings: what else it was told: the longest input, on which side it pads.
         template: of chats; "" for none.
         saved: tokenizer.json as saving it again writes it; "" where it has none.
+        told: the settings that saving it again writes.
     """
 
     rules: str
@@ -60,7 +61,8 @@ class Meaning:
     special: str
     settings: str
     template: str
-    saved: str
+    saved: str = field(compare=False)
+    told: Mapping[str, str] = field(compare=False)
 
     @property
     def words(self) -> tuple[Any, ...]:
@@ -111,26 +113,25 @@ def relate(base: Listing, adapter: Listing) -> Relation:
     return Relation.UNKNOWN if all(same_bytes(path, base, adapter) for path in both) else Relation.OTHER
 
 
-def says_the_same(path: str, folder: Listing, expected: Listing, saved: str = "") -> bool:
+def says_the_same(path: str, folder: Listing, expected: Listing, meaning: Meaning | None) -> bool:
     """Return whether a changed file of a tokenizer holds what the expected one holds, though in other bytes.
 
     Args:
         path: of the file.
         folder: where it is changed.
         expected: where it is right.
-        saved: what transformers makes of the expected tokenizer.json when it saves it, where that is loaded.
+        meaning: of the expected tokenizer, where it can be loaded: what saving it again writes is right, too.
     """
     if path == FAST:
         found, wanted = (_fast(side) for side in (folder, expected))
-        return found is not None and found in (wanted, saved)
+        return found is not None and found in (wanted, meaning.saved if meaning is not None else None)
     found, wanted = (json_of(path, side) for side in (folder, expected))
     if found is None or wanted is None:
         return False
     if path == SETTINGS and isinstance(found, dict) and isinstance(wanted, dict):
-        return all(
-            canonical(_bare(found[key])) == canonical(_bare(wanted[key]))
-            for key in (found.keys() & wanted.keys()) - _OF_THE_WRITER
-        )
+        known = {key: canonical(_bare(value)) for key, value in wanted.items()}
+        known = {**(meaning.told if meaning is not None else {}), **known}
+        return all(canonical(_bare(found[key])) == known.get(key) for key in found.keys() - _OF_THE_WRITER)
     return canonical(_bare(found)) == canonical(_bare(wanted))
 
 
@@ -154,6 +155,7 @@ def _meaning(tokenizer: Any) -> Meaning:
         settings=canonical({name: getattr(tokenizer, name, None) for name in sides}),
         template=canonical(template) if template else "",
         saved=_without_limits(tokenizer.backend_tokenizer) if tokenizer.is_fast else "",
+        told={str(key): canonical(_bare(value)) for key, value in tokenizer.init_kwargs.items()},
     )
 
 
