@@ -62,7 +62,7 @@ def _release_tag(payload: Mapping[str, object]) -> str:
                 Problem(
                     what=f"The release event is {payload['action']!r}.",
                     why="That release is gone, so there is nothing to publish for it.",
-                    fix="Start the workflow with `on: release: types: [published]`.",
+                    fix="Start the workflow with `on: { release: { types: [published] } }`.",
                 )
             ]
         )
@@ -73,7 +73,7 @@ def _release_tag(payload: Mapping[str, object]) -> str:
                     Problem(
                         what="The release is a draft.",
                         why="Its tag may not exist yet, and may still be renamed.",
-                        fix="Start the workflow with `on: release: types: [published]`.",
+                        fix="Start the workflow with `on: { release: { types: [published] } }`.",
                     )
                 ]
             )

@@ -168,7 +168,7 @@ def irreversible(group: Group, reason: str) -> UnsupportedCheckpoint:
         f"{group.key!r} is computed from {len(group.sources)} stored tensors (the first is {group.sources[0]!r}), "
         f"and transformers' conversion cannot be undone: {reason}.",
         why="The merged values must go back into the names and shapes of the base.",
-        fix="Release the adapter unmerged, or load the base with transformers and save it again first.",
+        fix="Release the adapter unmerged.",
     )
 
 
