@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.checkpoint.joined import is_sharded, join_shards, shards_of
 from runner.checkpoint.pickled import pickled_files, pickled_weights
 from runner.errors import BrokenAdapter, BrokenCheckpoint, NotEnoughDisk, RunnerError, UnsupportedAdapter
 from runner.errors import UnsupportedCheckpoint as Unsupported
@@ -33,13 +34,16 @@ class Pickles:
     environ: Mapping[str, str]
 
     def adapter(self, root: Path) -> Path:
-        """Return `root`, or the folder that stands for it.
+        """Return `root`, or the folder that stands for it: weights in several files are joined, too.
 
         Raises:
-            AdapterError: a pickle is damaged, or holds more than tensors.
+            AdapterError: a file is damaged, or a pickle holds more than tensors.
             RunnerError: the converting process did not end well.
         """
         try:
+            if is_sharded(root):
+                files = [root / name for name in shards_of(root)]
+                return self._made(root, files, lambda target: join_shards(root, target))
             return self._converted(root)
         except Unsupported as error:
             raise UnsupportedAdapter(error.problem.what, why=error.problem.why, fix=error.problem.fix) from error
@@ -60,6 +64,10 @@ class Pickles:
         if weights is None:
             return root
         files = [root / name for name in pickled_files(root, weights)]
+        return self._made(root, files, lambda target: unpickle(root, target, environ=self.environ, home=self.into))
+
+    def _made(self, root: Path, files: list[Path], make: Callable[[Path], None]) -> Path:
+        """Return the folder that `make` wrote for this content of `files`, now or before."""
         target = self.into / _key(root, files)
         if target.is_dir():
             return target
@@ -68,7 +76,7 @@ class Pickles:
         partial = target.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            unpickle(root, partial, environ=self.environ, home=self.into)
+            make(partial)
         except RunnerError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -78,6 +86,8 @@ class Pickles:
 
 def conversion_note(root: Path, converted: Path, noun: str) -> tuple[str, ...]:
     """Return what to say where `converted` stands for `root`."""
+    if is_sharded(root):
+        return ("The adapter's weights are in several files, and were joined in one first, every bit kept.",)
     said = f"The {noun}'s weights are pickles, and were converted to safetensors first: tensors only, every bit kept."
     return () if root == converted else (said,)
 
@@ -93,7 +103,7 @@ def _check_space(files: list[Path], folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise NotEnoughDisk(
-            f"Converting the pickled weights needs {needed / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free.",
-            why="They are written again as safetensors before anything else.",
+            f"Writing the weights again needs {needed / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free.",
+            why="Pickled weights are converted, and an adapter in several files is joined, before anything else.",
             fix="Point `work-dir` at a file system with more free space, or use a revision with safetensors.",
         )

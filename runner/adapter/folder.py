@@ -94,11 +94,7 @@ def _read_config(root: Path) -> dict[str, Any]:
             raise BrokenAdapter(problem.what, why=problem.why, fix=problem.fix)
         config = parse_json(path.read_bytes())
     except FileNotFoundError as error:
-        raise BrokenAdapter(
-            f"The adapter folder has no {CONFIG_FILE}.",
-            why="A PEFT adapter is a folder with adapter_config.json and adapter_model.safetensors.",
-            fix="Point `adapter-path` at the folder that `save_pretrained` of the PEFT model wrote.",
-        ) from error
+        raise _no_adapter(root) from error
     except (OSError, ValueError) as error:
         raise _broken(f"{CONFIG_FILE} cannot be read as JSON: {error}.") from error
     if not isinstance(config, dict):
@@ -188,6 +184,22 @@ def _check_effect(peft_type: str, names: Collection[str], zeros: Collection[str]
 def _module_of_factor(name: str, factors: tuple[str, ...]) -> str:
     parts = name.split(".")
     return next((".".join(parts[:at]) for at, part in enumerate(parts) if part.startswith(factors)), "")
+
+
+def _no_adapter(root: Path) -> BrokenAdapter:
+    inside = [path.parent.name for path in root.glob(f"*/{CONFIG_FILE}")]
+    inside.sort(key=lambda name: (int("0" + "".join(filter(str.isdecimal, name))), name))
+    if inside:
+        return BrokenAdapter(
+            f"The adapter folder has no {CONFIG_FILE}, but its subfolders have: {', '.join(inside[:5])}.",
+            why="Which of them is the adapter is not guessed: the last checkpoint of a training need not be its best.",
+            fix=f"Point `adapter-path` at the subfolder that you want, for example {str(root / inside[-1])!r}.",
+        )
+    return BrokenAdapter(
+        f"The adapter folder has no {CONFIG_FILE}.",
+        why="A PEFT adapter is a folder with adapter_config.json and adapter_model.safetensors.",
+        fix="Point `adapter-path` at the folder that `save_pretrained` of the PEFT model wrote.",
+    )
 
 
 def _broken(what: str) -> BrokenAdapter:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from runner.checkpoint.absent import OPT_IN, no_weights
+from runner.checkpoint.joined import ADAPTER_INDEX
 from runner.checkpoint.layout import INDEX_FILE, SINGLE_FILE
 from runner.checkpoint.pickled import PICKLED_ADAPTER, PICKLED_INDEX, pickled_weights
 from runner.errors import BrokenAdapter, BrokenCheckpoint, UnsupportedAdapter
@@ -65,14 +66,21 @@ def check_adapter(paths: Iterable[str], *, named: str, pickles: bool = False) ->
         UnsupportedAdapter: pickled weights only.
     """
     present = set(paths)
+    if ADAPTER_CONFIG not in present and (inside := subfolders(present)):
+        raise BrokenAdapter(
+            f"{named} has no {ADAPTER_CONFIG}, but its subfolders have: {', '.join(inside[:5])}.",
+            why="Which of them is the adapter is not guessed: the last checkpoint of a training need not be its best.",
+            fix=f"Download it, and point `adapter-path` at the subfolder that you want, for example {inside[-1]}.",
+        )
     if ADAPTER_CONFIG not in present:
         raise BrokenAdapter(
             f"{named} has no {ADAPTER_CONFIG}.",
-            why="It is not a PEFT adapter, or the adapter is in a subfolder, which is not searched.",
+            why="It is not a PEFT adapter.",
             fix="Check `adapter-path` and its revision.",
         )
-    if ADAPTER_WEIGHTS in present:
-        return ADAPTER_WEIGHTS
+    for name in (ADAPTER_WEIGHTS, ADAPTER_INDEX):
+        if name in present:
+            return name
     if PICKLED_ADAPTER in present:
         if pickles:
             return PICKLED_ADAPTER
@@ -86,6 +94,13 @@ def check_adapter(paths: Iterable[str], *, named: str, pickles: bool = False) ->
         why="The config is there, but the weights are not.",
         fix="Upload the whole adapter, then run again.",
     )
+
+
+def subfolders(paths: Iterable[str]) -> tuple[str, ...]:
+    """Return the folders that hold an adapter of their own, in the order of a training's steps."""
+    suffix = f"/{ADAPTER_CONFIG}"
+    found = (path.removesuffix(suffix) for path in paths if path.endswith(suffix))
+    return tuple(sorted(found, key=lambda path: (int("0" + re.sub(r"\D", "", path)), path)))
 
 
 def companions(paths: Iterable[str], kind: Kind) -> tuple[str, ...]:

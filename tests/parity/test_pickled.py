@@ -257,5 +257,5 @@ def test_too_little_disk_is_told_before_the_conversion(tmp_path: Path, monkeypat
     full = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr("runner.converted.shutil.disk_usage", lambda path: full)
 
-    with pytest.raises(NotEnoughDisk, match="Converting the pickled weights"):
+    with pytest.raises(NotEnoughDisk, match="Writing the weights again"):
         _pickles(tmp_path).base(base)
