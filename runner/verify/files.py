@@ -18,10 +18,8 @@ from runner.verify.listing import Listing, canonical, json_of, list_folder, same
 from runner.verify.manifest import ARCHIVE_FOLDER, CARD, Manifest, contradictions, is_document, read_manifest
 from runner.verify.names import (
     CONFIG,
-    MODULES,
     Kind,
     is_notice,
-    is_pickle,
     is_weights,
     kind_of,
     module_folders,
@@ -91,9 +89,23 @@ def find_files(base: Path, adapters: Sequence[Path], merged: Checkpoint, *, rows
         merged: the merged folder, read.
         rows: the vocabulary's size where the adapter changes it, else None.
     """
-    here, ours = list_folder(merged.root), list_folder(base)
-    theirs = tuple(list_folder(adapter) for adapter in adapters)
-    sides = Sides(
+    here = list_folder(merged.root)
+    found = [
+        Finding(path=path, kind=Kind.OTHER, said=f"{shown(path)} is {what}, no regular file")
+        for path, what in here.odd.items()
+    ]
+    try:
+        sides = _sides(base, adapters, merged, here)
+        found += _compare(sides, rows)
+    except OSError as error:
+        name = str(error.filename or "a file")
+        found.append(Finding(path=name, kind=Kind.OTHER, said=f"{shown(name)} cannot be read ({error.strerror})"))
+    return tuple(found)
+
+
+def _sides(base: Path, adapters: Sequence[Path], merged: Checkpoint, here: Listing) -> Sides:
+    ours, theirs = list_folder(base), tuple(list_folder(adapter) for adapter in adapters)
+    return Sides(
         base=ours,
         adapters=theirs,
         merged=here,
@@ -101,32 +113,27 @@ def find_files(base: Path, adapters: Sequence[Path], merged: Checkpoint, *, rows
         modules=tuple({*module_folders(ours), *module_folders(theirs[0])}),
         manifest=read_manifest(here, ours),
     )
-    found = list(_odd(here))
+
+
+def _compare(sides: Sides, rows: int | None) -> Iterator[Finding]:
     speech, others = _groups(sides)
-    try:
-        found += [
-            Finding(path=path, kind=kind, said=said, is_warning=is_warning)
-            for path, kind, said, is_warning in judge_speech(ours, theirs[0], here, speech, rows=rows)
-        ]
-        found += [finding for path in others if (finding := _other(path, sides)) is not None]
-        found += [
-            Finding(path=path, kind=Kind.OTHER, said=said, is_warning=is_whole)
-            for path, said, is_whole in contradictions(sides.manifest, here)
-        ]
-    except OSError as error:
-        name = str(error.filename or "a file")
-        found.append(Finding(path=name, kind=Kind.OTHER, said=f"{shown(name)} cannot be read ({error.strerror})"))
-    return tuple(found)
-
-
-def _odd(here: Listing) -> Iterator[Finding]:
-    for path, what in here.odd.items():
-        yield Finding(path=path, kind=Kind.OTHER, said=f"{shown(path)} is {what}, no regular file")
+    for path, kind, said, is_warning in judge_speech(sides.base, sides.adapter, sides.merged, speech, rows=rows):
+        yield Finding(path=path, kind=kind, said=said, is_warning=is_warning)
+    for path in others:
+        if (finding := _other(path, sides)) is not None:
+            yield finding
+    for path, said, is_whole in contradictions(sides.manifest, sides.merged):
+        yield Finding(path=path, kind=Kind.OTHER, said=said, is_warning=is_whole)
 
 
 def _groups(sides: Sides) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the paths of all sides that are about tokens and templates, and the others, sorted."""
-    bases = [path for path in must_come_along(sides.base) if not is_document(path)]
+    replaced = bool(module_folders(sides.adapter))  # the adapter's modules are the model, and the base's are not
+    bases = [
+        path
+        for path in must_come_along(sides.base)
+        if not is_document(path) and not (replaced and kind_of(path, sides.modules) is Kind.MODULE)
+    ]
     must = {*bases, *_brought_modules(sides), *_notices(sides)}
     paths = {*must, *sides.merged.sizes} - sides.weights - {CONFIG}
     speech = {path for path in paths if kind_of(path, sides.modules) in (Kind.TOKENIZER, Kind.TEMPLATE)}
@@ -146,10 +153,9 @@ def _is_ours(path: str, sides: Sides) -> bool:
 
 def _brought_modules(sides: Sides) -> tuple[str, ...]:
     """Return the files of sentence-transformers' modules that were trained and saved with the adapter."""
-    if MODULES not in sides.adapter:
-        return ()
     modules = module_folders(sides.adapter)
-    return tuple(path for path in sides.adapter.sizes if kind_of(path, modules) is Kind.MODULE and not is_pickle(path))
+    wanted = must_come_along(sides.adapter)
+    return tuple(path for path in wanted if kind_of(path, modules) is Kind.MODULE)
 
 
 def _notices(sides: Sides) -> tuple[str, ...]:
@@ -184,7 +190,7 @@ def _expected(path: str, kind: Kind, sides: Sides) -> tuple[tuple[Listing, str],
     """Return the files, by folder and path in it, of which one must be equal; () where none may be there."""
     if kind is Kind.WEIGHTS:
         return ()
-    if kind is Kind.MODULE and MODULES in sides.adapter and path in sides.adapter:
+    if kind is Kind.MODULE and path in sides.adapter:
         return ((sides.adapter, path),)  # trained with the adapter
     found = [(sides.base, path)] if path in sides.base else []
     if (

@@ -14,6 +14,7 @@ from runner.verify.listing import Listing, same_bytes, shown
 from runner.verify.names import Kind, is_vocabulary, kind_of
 from runner.verify.tokenizer import SETTINGS, Relation, brings_template, load_meaning, relate, says_the_same
 
+SPECIALS = ("special_tokens_map.json", "added_tokens.json")
 Said = tuple[str, Kind, str, bool]  # path, kind, what is said, whether it is a warning
 
 
@@ -68,7 +69,8 @@ def _read(base: Listing, adapter: Listing, merged: Listing, rows: int | None) ->
         merged=merged,
         brought=brought,
         relation=relation,
-        must_be_adapters=has_own and differs and (rows is not None or relation in (Relation.EXTENDED, Relation.OTHER)),
+        must_be_adapters=relation in (Relation.EXTENDED, Relation.OTHER)
+        or (relation is Relation.UNKNOWN and rows is not None),
     )
 
 
@@ -96,11 +98,11 @@ def _missing(speech: _Speech) -> Iterator[Said]:
     )
     for path in speech.missing:
         kind = kind_of(path)
-        if path not in speech.brought and (
-            replaced or (kind is Kind.TEMPLATE and has_template and speech.from_adapter)
-        ):
-            continue
-        yield path, kind, f"{shown(path)} is missing", False
+        gives_way = replaced or (kind is Kind.TEMPLATE and has_template and bool(speech.from_adapter))
+        # Older libraries keep the special tokens apart: those of the base are wrong beside the adapter's settings.
+        gives_way = gives_way or (path in SPECIALS and takes_all and speech.must_be_adapters)
+        if path in speech.brought or not gives_way:
+            yield path, kind, f"{shown(path)} is missing", False
 
 
 def _changed(speech: _Speech) -> Iterator[Said]:

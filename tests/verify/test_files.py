@@ -227,8 +227,19 @@ def test_trained_modules_of_the_adapter_must_be_there(base: Path, adapter: Path,
     for name, text in mine.items():
         (merged / name).write_text(text)
     assert told(base, adapter, merged) == {}
+    for name in ("1_Pooling/config.json", "sentence_bert_config.json"):  # of the base's modules, which are replaced
+        (merged / name).unlink()
+    assert told(base, adapter, merged) == {}
     (merged / "2_Dense/model.safetensors").unlink()
     assert list(told(base, adapter, merged)) == ["2_Dense/model.safetensors"]
+
+
+def test_prompts_of_the_adapter_must_be_there(base: Path, adapter: Path, merged: Path) -> None:
+    name = "config_sentence_transformers.json"
+    (adapter / name).write_text('{"prompts": {}}')
+    assert list(told(base, adapter, merged)) == [name]
+    (merged / name).write_text('{"prompts": {}}')
+    assert told(base, adapter, merged) == {}
 
 
 def test_both_licences_are_there(base: Path, adapter: Path, merged: Path) -> None:
@@ -402,6 +413,9 @@ def test_the_adapters_tokenizer_is_needed_where_it_says_something_else(
     as_base = Path(shutil.copytree(base, tmp_path / "as base"))
     as_adapter = Path(shutil.copytree(base, tmp_path / "as adapter"))
     shutil.copytree(adapter, as_adapter, dirs_exist_ok=True)
+    if not base_is_right:  # the base's map names the base's special tokens alone
+        assert told(write(base, {"special_tokens_map.json": "{}"}), adapter, as_adapter) == {}
+        (base / "special_tokens_map.json").unlink()
     assert (told(base, adapter, as_base) == {}) is base_is_right
     assert (told(base, adapter, as_adapter) == {}) is adapter_is_right
     (as_adapter / "vocab.json").unlink()  # which the adapter does not replace
