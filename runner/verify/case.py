@@ -18,7 +18,7 @@ from runner.inputs.combination import Several
 from runner.inputs.rounding import Rounding
 from runner.verify.blueprint import Blueprint, check_heads, read_blueprint
 from runner.verify.classes import read_task
-from runner.verify.combined import as_one
+from runner.verify.combined import Part, as_one
 from runner.verify.modules import LIMIT, Probe, probe_modules
 from runner.verify.packing import as_peft_packs
 from runner.verify.recipe import Recipe, read_recipe
@@ -58,6 +58,7 @@ class Case:
         rows: the vocabulary's size where the adapter changes it, else None.
         config: keys of config.json that must have these values.
         combination: what was found while several adapters were made one.
+        parts: those adapters, where their combination has a closed form.
         probes: what probing every module gave.
     """
 
@@ -74,6 +75,7 @@ class Case:
     rows: int | None
     config: Mapping[str, Any]
     combination: tuple[Check, ...]
+    parts: tuple[Part, ...]
     probes: tuple[Probe, ...]
 
     def form(self, merged: Checkpoint) -> Form:
@@ -161,6 +163,7 @@ def open_case(
             rows=rows,
             config=task.config,
             combination=one.checks,
+            parts=one.parts,
             probes=tuple(probe_modules(unmerged, sources, seed)),
         )
 

@@ -42,16 +42,33 @@ SVD_ROOM = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One of several adapters, for the diagnosis of a wrong merge.
+
+    Attributes:
+        recipe: the adapter, read.
+        weight: that it is combined with.
+        crosses: whether its B meets the other adapters' A, as in `linear`.
+    """
+
+    recipe: Recipe
+    weight: float
+    crosses: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class One:
     """What several adapters must act like.
 
     Attributes:
         root: an adapter folder, which lives as long as the context that gave it.
         checks: what was found while it was made.
+        parts: the adapters, where their combination has a closed form.
     """
 
     root: Path
     checks: tuple[Check, ...]
+    parts: tuple[Part, ...] = ()
 
 
 @contextmanager
@@ -71,13 +88,13 @@ def as_one(adapter: Path | Several, base: Path) -> Iterator[One]:
         named = [stack.enter_context(as_peft_names(path, read_task(base, path).empty(base))) for path in paths]
         if isinstance(adapter, Several):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-merge-")))
-            yield One(root=folder, checks=_combined(folder, named, adapter.combination, empty_model(base)))
+            yield _combined(folder, named, adapter.combination, empty_model(base))
         else:
             yield One(root=named[0], checks=())
 
 
-def _combined(folder: Path, paths: Sequence[Path], wanted: Combination, model: PreTrainedModel) -> tuple[Check, ...]:
-    """Write the one adapter into `folder` and return what was found on the way."""
+def _combined(folder: Path, paths: Sequence[Path], wanted: Combination, model: PreTrainedModel) -> One:
+    """Write the one adapter into `folder` and return it."""
     recipes = [_read(path, list(model.state_dict())) for path in paths]
     peft_model = load_parts(model, paths)
     checks: tuple[Check, ...] = ()
@@ -91,7 +108,12 @@ def _combined(folder: Path, paths: Sequence[Path], wanted: Combination, model: P
         made = combine_by_peft(peft_model, wanted)
     room = ROUNDINGS * len(recipes) + (SVD_ROOM if wanted.kind.endswith("svd") else 0)
     _write(folder, made, recipes, room)
-    return checks
+    is_closed = wanted.kind in ("cat", "linear")
+    parts = tuple(
+        Part(recipe=recipe, weight=weight, crosses=wanted.kind == "linear")
+        for recipe, weight in zip(recipes, wanted.weights, strict=True)
+    )
+    return One(root=folder, checks=checks, parts=parts if is_closed else ())
 
 
 def _read(root: Path, parameters: Sequence[str]) -> Recipe:

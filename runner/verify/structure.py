@@ -113,6 +113,8 @@ def _totals(base: Checkpoint, merged: Checkpoint) -> Check:
     name = "index and headers agree"
     if not merged.is_indexed:
         return _check(name, [])
+    if not isinstance((read_json(merged.root / INDEX_FILE) or {}).get("metadata"), dict):
+        return _check(name, [f"{INDEX_FILE} has no `metadata`, without which transformers cannot load the shards"])
     total = _total_size(merged.root)
     inherited = _total_size(base.root) if base.is_indexed and base.data_bytes == merged.data_bytes else _MISSING
     if total in (_MISSING, merged.data_bytes) or total == inherited:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from runner.verify.case import Case
+from runner.verify.diagnosis.again import read_again
+from runner.verify.diagnosis.combination import read_combination
 from runner.verify.diagnosis.elements import read_few, read_non_finite
 from runner.verify.diagnosis.places import (
     holds,
@@ -54,6 +56,7 @@ def examine(case: Case, suspect: Suspect) -> list[Reading]:
 
 def _exclusive(case: Case, suspect: Suspect, sample: Sample) -> Reading | None:
     """Return a reading that leaves no room for another, or None."""
+    plain = _plain_lora(case, suspect)
     return (
         read_non_finite(suspect)
         or read_zeroed(suspect, sample)
@@ -63,7 +66,9 @@ def _exclusive(case: Case, suspect: Suspect, sample: Sample) -> Reading | None:
         or read_swapped(suspect, sample, _others(case, suspect))
         or read_moved(suspect)
         or _applied_in_two_steps(suspect, sample)
-        or _magnitude_ignored(case, suspect, sample)
+        or _magnitude_ignored(suspect, sample, plain)
+        or read_again(case, suspect, sample, plain)
+        or read_combination(case, suspect, sample)
         or read_transposed(suspect, sample)
     )
 
@@ -106,11 +111,10 @@ def _applied_in_two_steps(suspect: Suspect, sample: Sample) -> Reading | None:
     return Reading(kind=Cause.SCALE, tensor=suspect.name, note="", factor=(2.0, 2.0))
 
 
-def _magnitude_ignored(case: Case, suspect: Suspect, sample: Sample) -> Reading | None:
-    exact = _plain_lora(case, suspect)
-    if exact is None:
+def _magnitude_ignored(suspect: Suspect, sample: Sample, plain: Exact | None) -> Reading | None:
+    if plain is None:
         return None
-    value = exact.rows(*sample.rows).reshape(sample.exact.shape)
+    value = plain.rows(*sample.rows).reshape(sample.exact.shape)
     if not sample.explains(value):
         return None
     note = "The elements are W + s·B·A, without DoRA's magnitude"

@@ -68,7 +68,11 @@ def _tensors(case: Case, merged: Checkpoint) -> Iterator[Diagnosis]:
         first = dtypes[0]
         told = f"{len(dtypes)} tensors are not in the dtype that was asked for: {_dtypes(found[first])}, expected "
         yield _about(Cause.DTYPE, f"{told}{wanted[first].dtype}.", dtypes)
-    total = ((read_json(merged.root / INDEX_FILE) or {}).get("metadata") or {}).get("total_size")
+    metadata = (read_json(merged.root / INDEX_FILE) or {}).get("metadata")
+    if merged.is_indexed and not isinstance(metadata, dict):
+        told = f"{INDEX_FILE} has no object `metadata`; transformers cannot load the shards without it."
+        yield Diagnosis(kind=Cause.INDEX, is_certain=True, evidence=told)
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if merged.is_indexed and total is not None and total != merged.data_bytes and merged.data_bytes:
         base = ((read_json(case.base.root / INDEX_FILE) or {}).get("metadata") or {}).get("total_size")
         if total != base or case.base.data_bytes != merged.data_bytes:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from runner.verify.diagnosis.elements import FEW
 from runner.verify.diagnosis.sample import Reading, Sample, Suspect, sample_rows, share, single_rows
 from runner.verify.elements import Stored
 from runner.verify.exact import Exact
@@ -19,13 +20,20 @@ UNLIKE = 0.9
 
 
 def read_zeroed(suspect: Suspect, sample: Sample) -> Reading | None:
-    """Return the reading "zeros", or None."""
-    rows = sample.bad.any(dim=1)
-    wrong = sample.found[rows]
-    if not len(wrong) or bool((wrong != 0).any()) or not bool((sample.exact[rows] != 0).any()):
+    """Return the reading "zeros", or None: whole rows, whole columns, or more elements than chance hits."""
+    if not bool(sample.bad.any()) or bool((sample.found[sample.bad] != 0).any()):
         return None
-    count, of = suspect.comparison.bad_row_count, suspect.exact.shape[0] if suspect.exact.shape else 1
-    return Reading(kind=Cause.ZEROED, tensor=suspect.name, note=f"{count} of {of} rows are all zeros")
+    rows, columns = sample.bad.any(dim=1), sample.bad.any(dim=0)
+    if not bool((sample.found[rows] != 0).any()):
+        count, of = suspect.comparison.bad_row_count, suspect.exact.shape[0] if suspect.exact.shape else 1
+        note = f"{count} of {of} rows are all zeros"
+    elif len(sample.found) > 1 and not bool((sample.found[:, columns] != 0).any()):
+        note = f"{int(columns.sum())} of {len(columns)} columns are all zeros"
+    elif suspect.comparison.violations > FEW:
+        note = f"{suspect.comparison.violations} elements are zeros, and nothing else is off"
+    else:
+        return None
+    return Reading(kind=Cause.ZEROED, tensor=suspect.name, note=note)
 
 
 def read_rows_skipped(suspect: Suspect, sample: Sample) -> Reading | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from runner.verify.tensors import FLOATS
 from runner.verify.verdict import MAX_NAMED, Cause, Check, Diagnosis, Layer, Outcome
 
 MAX_EXAMINED = 24  # tensors of each sort, touched and untouched, spread over all that failed
-_VAGUE = (Cause.WRONG_BASE, Cause.OTHER_ADAPTER, Cause.UNEXPLAINED)
+_VAGUE = (Cause.OTHER_WEIGHTS, Cause.OTHER_ADAPTER, Cause.UNEXPLAINED)
 _FEW = (Cause.BIT_FLIP, Cause.FEW_ELEMENTS)
 MAX_DAMAGED = 3  # tensors; damage to single elements does not hit more, a weak change that is wrong does
 _SCALES = (Cause.SCALE, Cause.PATTERN_IGNORED)
@@ -77,7 +78,7 @@ def _tensors(case: Case, merged: Checkpoint, storage: Storage) -> list[Diagnosis
         told = "Nothing differs from the base, and nothing had to: the dtype swallows all of the adapter's change."
         return [Diagnosis(kind=Cause.NOT_APPLIED, is_certain=False, evidence=told, factor=0.0)]
     readings = {name: _plausible(found, len(suspects)) for name, found in readings.items()}
-    _decide_strangers(readings, {one.name for one in others}, storage)
+    _decide_strangers(readings, {one.name for one in others}, storage, _off_share(case, storage))
     unexamined = len(suspects) - len(readings)
     made = [_as_diagnosis(case, kind, group, storage) for kind, group in _cover(readings)]
     if unexamined and made:
@@ -129,20 +130,31 @@ def _plausible(found: list[Reading], suspects: int) -> list[Reading]:
     return [one for one in found if one not in few] or found
 
 
-def _decide_strangers(readings: dict[str, list[Reading]], untouched: set[str], storage: Storage) -> None:
+def _off_share(case: Case, storage: Storage) -> float:
+    """Return how much of what the adapter leaves alone is in tensors that are not the base's: by their elements.
+
+    A base that is near this one often has the very same norms, which are many tensors and few elements.
+    """
+    sizes = {name: math.prod(one.shape) for name, one in case.targets.required.items() if not one.is_touched}
+    return sum(sizes.get(name, 0) for name in storage.strays) / max(1, sum(sizes.values()))
+
+
+def _decide_strangers(
+    readings: dict[str, list[Reading]], untouched: set[str], storage: Storage, off_share: float
+) -> None:
     """Let the untouched tensors decide between another base and another adapter."""
     vague = {name for name, found in readings.items() if found and all(not one.is_certain for one in found)}
     bases = vague & untouched
-    if 2 * storage.untouched.bad_tensors > storage.untouched.tensors and bases:
+    if bases and off_share > 0.5:
         told = (
             f"{storage.untouched.bad_tensors} of {storage.untouched.tensors} tensors that the adapter does not touch "
         )
         told += "are not the base's"
         for name in vague:
-            readings[name] = [Reading(kind=Cause.WRONG_BASE, tensor=name, note=told)]
+            readings[name] = [Reading(kind=Cause.WRONG_BASE, tensor=name, note=told, is_certain=False)]
         return
     kinds = Counter(one.kind for name in vague - untouched for one in readings[name] if one.kind in _VAGUE)
-    if not storage.untouched.bad_tensors and kinds[Cause.OTHER_ADAPTER] > kinds[Cause.WRONG_BASE]:
+    if not storage.untouched.bad_tensors and kinds[Cause.OTHER_ADAPTER] > kinds[Cause.OTHER_WEIGHTS]:
         told = "Only tensors that the adapter touches are off, and their change knows nothing of the adapter's"
         for name in vague:
             readings[name] = [Reading(kind=Cause.OTHER_ADAPTER, tensor=name, note=told, is_certain=False)]
@@ -194,8 +206,10 @@ def _as_diagnosis(case: Case, kind: Cause, group: Sequence[Reading], storage: St
     evidence = f"{note} ({next(one.tensor for one in group if one.note == note)}; {others} more alike)."
     evidence = evidence if others else f"{note}."
     factor: float | None = None
+    is_certain = all(one.is_certain for one in group)
     if kind in _SCALES:
-        kind, factor, evidence = _scale(case, kind, group, storage, evidence)
+        kind, factor, evidence, is_clear = _scale(case, kind, group, storage, evidence)
+        is_certain = is_certain and is_clear
     elif kind is Cause.NOT_APPLIED:
         factor = 0.0
         if storage.changed:
@@ -205,7 +219,7 @@ def _as_diagnosis(case: Case, kind: Cause, group: Sequence[Reading], storage: St
             evidence = "Every element of every tensor that the adapter changes is the base's."
     return Diagnosis(
         kind=kind,
-        is_certain=all(one.is_certain for one in group),
+        is_certain=is_certain,
         evidence=evidence,
         tensors=tuple(names[:MAX_NAMED]),
         count=len(names),
@@ -215,7 +229,7 @@ def _as_diagnosis(case: Case, kind: Cause, group: Sequence[Reading], storage: St
 
 def _scale(
     case: Case, kind: Cause, group: Sequence[Reading], storage: Storage, evidence: str
-) -> tuple[Cause, float, str]:
+) -> tuple[Cause, float, str, bool]:
     low = max(one.factor[0] for one in group if one.factor)
     high = min(one.factor[1] for one in group if one.factor)
     results = [storage.comparisons[one.tensor] for one in group if one.tensor in storage.comparisons]
@@ -224,11 +238,11 @@ def _scale(
     told = f"Every element that was looked at fits the change times a factor in [{low:.6g}, {high:.6g}]"
     told += f"; least squares over {len(results)} whole tensors gives {fitted:.4g}."
     if kind is Cause.PATTERN_IGNORED:
-        return kind, fitted, f"{evidence} {told}"
-    named, factor, text = name_factor((low, high), dict(case.recipe.config))
+        return kind, fitted, f"{evidence} {told}", True
+    named, factor, text, is_clear = name_factor((low, high), dict(case.recipe.config))
     if named is Cause.SCALE and low <= fitted <= high:
         factor = fitted
-    return named, factor, f"{told} {text}".strip()
+    return named, factor, f"{told} {text}".strip(), is_clear
 
 
 def _where(names: Sequence[str], storage: Storage) -> str:

@@ -69,8 +69,8 @@ def _factor_without_patterns(suspect: Suspect, config: dict[str, object]) -> flo
     return ratio if abs(ratio - 1) > NEARLY_ONE else None
 
 
-def name_factor(interval: Interval, config: dict[str, object]) -> tuple[Cause, float, str]:
-    """Return what a factor in this interval means, the factor, and a sentence."""
+def name_factor(interval: Interval, config: dict[str, object]) -> tuple[Cause, float, str, bool]:
+    """Return what a factor in this interval means, the factor, a sentence, and whether it can mean nothing else."""
     rank, is_rslora = float(str(config.get("r") or 8)), bool(config.get("use_rslora"))
     root = math.sqrt(rank)
     known = [
@@ -79,8 +79,9 @@ def name_factor(interval: Interval, config: dict[str, object]) -> tuple[Cause, f
         *([(1 / root, Cause.RSLORA_AS_LORA, "That is alpha/r where rsLoRA means alpha/√r.")] if is_rslora else []),
         *([(root, Cause.LORA_AS_RSLORA, "That is alpha/√r where LoRA means alpha/r.")] if not is_rslora else []),
     ]
-    for factor, kind, text in known:
-        if interval[0] <= factor <= interval[1] and interval[1] - interval[0] < 0.5 * abs(factor):
-            return kind, factor, text
-    middle = (interval[0] + interval[1]) / 2
-    return Cause.SCALE, middle, ""
+    width = interval[1] - interval[0]
+    meant = [one for one in known if interval[0] <= one[0] <= interval[1] and width < 0.5 * abs(one[0])]
+    if meant:
+        factor, kind, _ = meant[0]
+        return kind, factor, " Or: ".join(text for *_, text in meant), len(meant) == 1
+    return Cause.SCALE, (interval[0] + interval[1]) / 2, "", True

@@ -36,7 +36,7 @@ def read_stranger(suspect: Suspect, sample: Sample) -> Reading:
         note = "The adapter's change is there, on other weights than the base's"
     else:
         note = f"Other weights than the base's: {told}"
-    return Reading(kind=Cause.WRONG_BASE, tensor=suspect.name, note=note, is_certain=False)
+    return Reading(kind=Cause.OTHER_WEIGHTS, tensor=suspect.name, note=note, is_certain=False)
 
 
 def _against_delta(sample: Sample, moved: torch.Tensor) -> tuple[float, float]:
