@@ -156,43 +156,43 @@ VISION_MODELS: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 
 
-_T5: Mapping[str, Any] = {
+T5: Mapping[str, Any] = {
     "vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 56, "num_layers": 2, "num_heads": 4, "pad_token_id": 0,
     "decoder_start_token_id": 0,
 }  # fmt: skip
-_BART: Mapping[str, Any] = {
+BART: Mapping[str, Any] = {
     "vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 56, "decoder_ffn_dim": 56, "max_position_embeddings": 64,
     "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2,
 }  # fmt: skip
-_BERT: Mapping[str, Any] = {
+BERT: Mapping[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 64, "pad_token_id": 0,
 }  # fmt: skip
 ENCODER_DECODERS: Mapping[str, Mapping[str, Any]] = {
-    "T5ForConditionalGeneration": _T5,
-    "UMT5ForConditionalGeneration": {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "T5ForConditionalGeneration": T5,
+    "UMT5ForConditionalGeneration": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     # With more decoder layers than encoder layers transformers runs it, and fails to continue a text with it.
     "SwitchTransformersForConditionalGeneration": {
-        **_T5, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
+        **T5, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
         "num_decoder_layers": 3,
     },
-    "BartForConditionalGeneration": _BART,
-    "M2M100ForConditionalGeneration": _BART,
-    "PegasusForConditionalGeneration": _BART,
-    "MarianMTModel": _BART,  # its sinusoidal positions are not stored
+    "BartForConditionalGeneration": BART,
+    "M2M100ForConditionalGeneration": BART,
+    "PegasusForConditionalGeneration": BART,
+    "MarianMTModel": BART,  # its sinusoidal positions are not stored
     "WhisperForConditionalGeneration": {
-        **{key: value for key, value in _BART.items() if key != "max_position_embeddings"}, "num_mel_bins": 8,
+        **{key: value for key, value in BART.items() if key != "max_position_embeddings"}, "num_mel_bins": 8,
         "max_source_positions": 20, "max_target_positions": 64,
     },
 }  # fmt: skip
 ENCODERS: Mapping[str, Mapping[str, Any]] = {
-    "BertForMaskedLM": _BERT,
-    "BertModel": _BERT,
-    "BertForSequenceClassification": {**_BERT, "num_labels": 3},
-    "RobertaForMaskedLM": _BERT,
-    "ModernBertForMaskedLM": {**_BERT, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
-    "DebertaV2ForMaskedLM": _BERT,
+    "BertForMaskedLM": BERT,
+    "BertModel": BERT,
+    "BertForSequenceClassification": {**BERT, "num_labels": 3},
+    "RobertaForMaskedLM": BERT,
+    "ModernBertForMaskedLM": {**BERT, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
+    "DebertaV2ForMaskedLM": BERT,
     "DistilBertForMaskedLM": {
         "vocab_size": VOCAB, "dim": 32, "hidden_dim": 56, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64,
     },
