@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner.checkpoint.digests import FileDigest, MergedCheckpoint
+from runner.companions.files import FileOrigins
 from runner.errors import Problem
 from runner.gpu.turn import GpuWish
 from runner.inputs.allow import Allow
@@ -102,9 +103,15 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """The plan is made, and nothing was read but headers."""
+    """The plan is made, and nothing was read but headers.
+
+    Attributes:
+        summary: the plan in numbers.
+        origins: of the files beside the weights.
+    """
 
     summary: PlanSummary
+    origins: FileOrigins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from runner.adapter.base_identity import departures, named_base
 from runner.adapter.combinable import check_combinable
 from runner.adapter.folder import Adapter, read_adapter
 from runner.checkpoint.layout import read_checkpoint
+from runner.companions.leftovers import check_leftovers
 from runner.converted import Pickles, conversion_note
 from runner.disk import REPORT_BYTES, Need, check_room
 from runner.documents.provenance import AdapterOrigin, Origin, adapter_digest, base_digest
@@ -151,6 +152,7 @@ def resolve(inputs: Inputs, hubs: Hubs, cache_dir: Path, pickles: Pickles, say: 
     adapters = tuple(read_adapter(snapshot.root) for snapshot in snapshots)
     for snapshot, read in zip(snapshots, adapters, strict=True):
         say(f"Adapter: {_name(snapshot)}, {read.peft_type}, {len(read.tensors)} tensors.")
+        check_leftovers(snapshot.root, inputs.allow)
     if inputs.combination is not None:
         check_combinable(adapters, inputs.combination)
     wanted = inputs.base or named_base(adapters[0], inputs.base_revision)

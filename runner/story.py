@@ -14,6 +14,7 @@ from pathlib import Path
 
 from runner.checkpoint.digests import MergedCheckpoint, digest_folder, digest_of
 from runner.companions.archive import archive
+from runner.companions.files import FileOrigins
 from runner.console.lines import merged_lines, plan_lines, traffic_line, verdict_lines
 from runner.console.progress import Showing
 from runner.converted import Pickles
@@ -50,6 +51,7 @@ class Story:
     stops: Stops
     showing: Showing
     early: EarlyUpload | None = field(default=None, init=False)
+    origins: FileOrigins = field(default_factory=FileOrigins, init=False)
 
     def run(self) -> None:
         """Do what the inputs ask for; the record says what came of it.
@@ -153,6 +155,7 @@ class Story:
         elif isinstance(event, ShardReady) and self.early is not None:
             self.early.offer(event.folder / event.file.path, event.file)
         elif isinstance(event, Planned):
+            self.origins = event.origins
             self.record.plan = replace(event.summary, notes=(*self.record.notes, *event.summary.notes))
             if self.inputs.mode == "plan":  # then it is what came of the run
                 self.showing.end()
@@ -219,7 +222,7 @@ class Story:
             folder=destination.folder,
             tag=self.inputs.tag or "",
             origin=resolved.origin,
-            facts=merge_facts(plan, self.record.versions),
+            facts=merge_facts(plan, self.record.versions, self.origins),
             merged_digest=digest_of(released(merged.files)),
             verdict=verdict,
             pictures=self.record.pictures,

@@ -23,7 +23,7 @@ import torch
 from runner.checkpoint.layout import INDEX_FILE, build_header
 from runner.checkpoint.pickled import PICKLED_INDEX, converted_name, pickled_files, pickled_weights
 from runner.checkpoint.reader import TORCH_DTYPES, tensor_bytes
-from runner.companions.files import WEIGHT_SUFFIXES
+from runner.companions.names import WEIGHT_SUFFIXES
 from runner.errors import BrokenCheckpoint, RunnerError, UnsupportedCheckpoint
 from runner.events import Failed, encode
 from runner.syntax import parse_json

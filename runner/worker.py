@@ -97,8 +97,9 @@ def run(job: Job, emit: Emit, device: str = "cpu") -> None:
         combination=job.combination,
         rounding=job.rounding,
         only_plans=not job.merges,
+        pickles="pickle" in job.allow,
     )
-    emit(Planned(summary=prepared.plan.summary))
+    emit(Planned(summary=prepared.plan.summary, origins=prepared.origins))
     if job.merges:
         from runner.merge.job import merge
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.checkpoint.digests import FileDigest, digest_file
-from runner.companions.files import TOKENIZER_FILES
+from runner.companions.names import is_template, is_tokenizer
 
 FOLDER = "adapter/"
 _TEXTS = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
@@ -44,4 +44,4 @@ def archive(roots: Sequence[Path]) -> tuple[Archived, ...]:
 
 def _is_kept(name: str) -> bool:
     is_adapter = name == "adapter_config.json" or (name.startswith("adapter") and name.endswith(".safetensors"))
-    return is_adapter or name in TOKENIZER_FILES or name in _TEXTS
+    return is_adapter or is_tokenizer(name) or is_template(name) or name in _TEXTS

@@ -1,61 +1,51 @@
-"""What a release carries besides weights: config, tokenizer, processor, generation config, licence, byte for byte.
+"""What a release carries besides weights: every file of the base, byte for byte, and what the adapter has of its own.
 
-The rule, file group by file group: what the adapter carries of its own comes from the adapter, everything else from the
-base, and never half of a group from each.
+Each file of both sides has one fate. Of the base, all come along but the weights that are merged, the same weights in
+other formats or folders, an adapter that lies in it, hidden files and its README. The adapter brings, file by file:
 
-- tokenizer: from the adapter if it has a vocabulary (its templates with it); without one, its chat template alone is
-  taken, and its other tokenizer files are leftovers of the training;
-- processor, generation config: from the adapter if it has one;
-- licences and notices: all of them; where both have the same name and other words, the adapter's is `adapter-NAME`;
-- everything else from the base, sentence-transformers' module folders with their weights among it.
+- its tokenizer, where it says something else than the base's (`runner.companions.tokenizers`); of the base's then stays
+  what is still true; where both say the same, the base's files stay;
+- its chat templates, processor and generation config, where they say something else;
+- the modules of sentence-transformers that were saved with it, in the place of the base's;
+- licences and notices: all of them; where both have the same name and other words, the adapter's is `adapter-NAME`.
 
-config.json is edited as text only where the plan says so; nothing is ever read into a library and written back, because
-that renames classes and drops fields. No torch.
+What is left out is listed (`left_out`). config.json is edited as text only where the plan says so; nothing is ever read
+into a library and written back, because that renames classes and drops fields. No torch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from runner.checkpoint.digests import plain_name
-from runner.checkpoint.layout import INDEX_FILE
 from runner.checkpoint.pointers import is_pointer, pointer_problem
-from runner.errors import BrokenCheckpoint
+from runner.companions.folders import files_of, is_same, module_folders, read_object
+from runner.companions.names import (
+    CONFIG,
+    GENERATION,
+    PROCESSOR_FILES,
+    comes_along,
+    is_hidden,
+    is_notice,
+    is_own,
+    is_sentence_file,
+    is_template,
+    is_tokenizer,
+    is_weights,
+    lone_pickles,
+)
+from runner.companions.templates import templates_of
+from runner.companions.tokenizers import SPECIALS, Relation, relate, special_tokens
+from runner.errors import BrokenCheckpoint, UnsupportedCheckpoint
 from runner.syntax import parse_json
 
-CONFIG = "config.json"
-TOKENIZER_FILES = frozenset(
-    """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt
-    tokenizer.model spiece.model sentencepiece.bpe.model source.spm target.spm tekken.json normalizer.json
-    chat_template.jinja chat_template.json""".split()
-)
-TEMPLATES = ("chat_template.jinja", "chat_template.json")
-MORE_TEMPLATES = "additional_chat_templates/"
-# A tokenizer of one's own means a vocabulary; a lone tokenizer_config.json is a leftover of the training.
-VOCABULARIES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "source.spm",
-    "tekken.json",
-)
-PROCESSOR_FILES = frozenset(
-    "processor_config.json preprocessor_config.json video_preprocessor_config.json image_processor_config.json".split()
-)
-GENERATION = "generation_config.json"
-NOTICES = ("license", "licence", "notice", "use_policy", "copying")
-MODULES = "modules.json"  # of sentence-transformers: which folders make the model
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt", ".pkl", ".npz")
-LEFT_BEHIND = frozenset({"README.md", ".gitattributes", ".gitignore", INDEX_FILE, "adapter_config.json"})
 NESTED = frozenset({"vocab_size", "tie_word_embeddings", "dtype", "torch_dtype"})  # what a text config has of its own
 MAX_COMPANION_BYTES = 200_000_000
+_WRITERS_KEYS = frozenset({"transformers_version", "_from_model_config"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +56,32 @@ class Companion:
         path: relative to the release, with forward slashes.
         source: where its bytes are.
         edits: top-level keys of a JSON file and their new values; empty for a byte copy.
+        is_adapters: whether it is the adapter's; else it is the base's.
     """
 
     path: str
     source: Path
     edits: Mapping[str, Any]
+    is_adapters: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileOrigins:
+    """What came from where, by paths; each list is sorted.
+
+    Attributes:
+        base: carried from the base.
+        adapter: carried from the adapter, by their names in the release.
+        edited: of these, what was changed in them: path → keys.
+        left_of_base: files of the base that the release does not have, hidden ones not named.
+        left_of_adapter: the same of the adapter.
+    """
+
+    base: tuple[str, ...] = ()
+    adapter: tuple[str, ...] = ()
+    edited: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    left_of_base: tuple[str, ...] = ()
+    left_of_adapter: tuple[str, ...] = ()
 
 
 def read_config(root: Path) -> dict[str, Any]:
@@ -97,32 +108,106 @@ def read_config(root: Path) -> dict[str, Any]:
     return config
 
 
-def find_companions(base: Path, adapter: Path, config_edits: Mapping[str, Any]) -> tuple[Companion, ...]:
+def find_companions(
+    base: Path, adapter: Path, config_edits: Mapping[str, Any], *, pickles: bool = False
+) -> tuple[Companion, ...]:
     """Return every file that comes along, sorted by path.
 
     Args:
         base: the base's folder.
         adapter: the adapter's folder.
         config_edits: keys of config.json to change (nested text configs follow where they hold the key).
+        pickles: whether pickled weights of sentence-transformers' modules will do where there are no others.
 
     Raises:
         BrokenCheckpoint: a file is a Git LFS pointer.
+        UnsupportedCheckpoint: a file is too large to be anything but weights, or a module has pickled weights only.
     """
-    found = {path: base / path for path in _files(base) if _comes_along(base, path)}
-    for group in (_of_tokenizer, _of_processor, _of_generation):
-        if own := group(adapter):
-            found = {path: source for path, source in found.items() if not _takes_place(own, path)}
-            found |= {path: adapter / path for path in own}
-    for name in _notices(adapter):
-        same = name in found and found[name].read_bytes() == (adapter / name).read_bytes()
-        if not same:
-            found[f"adapter-{name}" if name in found else name] = adapter / name
-    for path, source in found.items():
+    paths, modules = files_of(base), module_folders(base)
+    lone = lone_pickles(paths, modules)
+    found = {path: base / path for path in paths if comes_along(path, modules, lone)}
+    brought = {**_of_tokenizer(base, adapter, found), **_of_modules(base, adapter, found)}
+    brought |= {name: adapter / name for name in _of_configs(base, adapter)}
+    for name in (path for path in files_of(adapter) if is_notice(path)):
+        if name not in found or not is_same(found[name], adapter / name):
+            brought[f"adapter-{name}" if name in found else name] = adapter / name
+    found = {path: source for path, source in found.items() if path not in brought}
+    check_pickles((path for path in lone if path in found), "base", allowed=pickles)
+    both = [(path, source, False) for path, source in found.items()]
+    both += [(path, source, True) for path, source in brought.items()]
+    for path, source, _ in both:
         check_pointer(source, path)
+        check_size(path, source.stat().st_size)
     return tuple(
-        Companion(path=plain_name(path), source=source, edits=config_edits if path == CONFIG else {})
-        for path, source in sorted(found.items())
+        Companion(
+            path=plain_name(path),
+            source=source,
+            edits=config_edits if path == CONFIG else {},
+            is_adapters=is_adapters,
+        )
+        for path, source, is_adapters in sorted(both)
     )
+
+
+def trace(base: Path, adapter: Path, companions: Iterable[Companion], weights: Iterable[str]) -> FileOrigins:
+    """Return what came from where, and which files of both folders are in no release.
+
+    Args:
+        base: the base's folder.
+        adapter: the adapter's folder.
+        companions: what comes along.
+        weights: the base's files that the merge reads: weights and their index.
+    """
+    companions = tuple(companions)
+    used = {companion.source for companion in companions}
+    carried = {companion.path: companion.source for companion in companions}
+    merged = {base / name for name in weights}
+    return FileOrigins(
+        base=tuple(companion.path for companion in companions if not companion.is_adapters),
+        adapter=tuple(companion.path for companion in companions if companion.is_adapters),
+        edited={companion.path: tuple(sorted(companion.edits)) for companion in companions if companion.edits},
+        left_of_base=_left(base, used | merged),
+        left_of_adapter=tuple(
+            path
+            for path in _left(adapter, used)
+            if not is_own(path) and not (path in carried and is_same(carried[path], adapter / path))
+        ),
+    )
+
+
+def _left(root: Path, used: Iterable[Path]) -> tuple[str, ...]:
+    kept = set(used)
+    return tuple(path for path in files_of(root) if root / path not in kept and not is_hidden(path))
+
+
+def check_size(path: str, size_bytes: int) -> None:
+    """Refuse a file that is too large to be carried; nothing that a loader needs, but weights, is.
+
+    Raises:
+        UnsupportedCheckpoint: it is.
+    """
+    if size_bytes > MAX_COMPANION_BYTES and not is_weights(path):
+        most = MAX_COMPANION_BYTES // 10**6
+        raise UnsupportedCheckpoint(
+            f"{path} has {size_bytes // 10**6} MB, and a file that is no weights may have {most}.",
+            why="Every file of the base belongs in the release, and no loader needs one of that size but weights.",
+            fix="If nobody needs it, give a copy of the folder without it as `base-model`.",
+        )
+
+
+def check_pickles(paths: Iterable[str], noun: str, *, allowed: bool) -> None:
+    """Refuse pickled weights of modules that have no others, unless they are allowed.
+
+    Raises:
+        UnsupportedCheckpoint: there are some.
+    """
+    for path in () if allowed else paths:
+        raise UnsupportedCheckpoint(
+            f"{path} of the {noun} is a pickle, and there are no safetensors beside it.",
+            why="modules.json names that folder, so its weights belong in the release, and unpickling can run code.",
+            fix="Add `pickle` to `allow`, and the file is carried as it is; or save the model again with "
+            "sentence-transformers, which writes safetensors.",
+        )
 
 
 def check_pointer(path: Path, name: str) -> None:
@@ -166,73 +251,53 @@ def edit_json(content: bytes, edits: Mapping[str, Any]) -> bytes:
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def carries_vocabulary(root: Path) -> bool:
-    """Return whether the folder has a tokenizer of its own."""
-    return any((root / name).is_file() for name in VOCABULARIES)
+def _of_tokenizer(base: Path, adapter: Path, found: dict[str, Path]) -> dict[str, Path]:
+    """Return the adapter's files of tokenizer and templates that are taken; take what they replace out of `found`."""
+    relation, theirs = relate(base, adapter), files_of(adapter)
+    templates, own = templates_of(adapter), [path for path in theirs if is_template(path)]
+    is_new = bool(templates) and templates != templates_of(base)
+    if relation is Relation.NONE or (relation is Relation.SAME and (own or not is_new)):
+        taken = own if is_new else []
+    else:
+        taken = [path for path in theirs if is_template(path) or is_tokenizer(path)]
+    if taken:
+        gone = {path for path in found if is_template(path) and (templates or relation is Relation.OTHER)}
+        gone |= {path for path in found if is_tokenizer(path) and relation is Relation.OTHER}
+        if relation is Relation.EXTENDED and special_tokens(base) != special_tokens(adapter):
+            gone.add(SPECIALS)  # it names the base's special tokens
+        for path in gone & found.keys():
+            del found[path]
+    return {path: adapter / path for path in taken}
 
 
-def may_come_from_adapter(path: str) -> bool:
-    """Return whether a release may take this file of an adapter's folder, config.json with its labels among them."""
-    is_named = path in TOKENIZER_FILES | PROCESSOR_FILES | {CONFIG, GENERATION} or path.startswith(MORE_TEMPLATES)
-    return is_named or ("/" not in path and is_notice(path))
+def _of_modules(base: Path, adapter: Path, found: dict[str, Path]) -> dict[str, Path]:
+    """Return the modules of sentence-transformers that the adapter has; take the base's out of `found`."""
+    paths, modules = files_of(adapter), module_folders(adapter)
+    own = [path for path in paths if is_sentence_file(path)]
+    if not own:
+        return {}
+    lone = lone_pickles(paths, modules)
+    own += [path for path in paths if path.startswith(modules) and comes_along(path, modules, lone)]
+    if modules:
+        ours = module_folders(base)
+        for path in [path for path in found if is_sentence_file(path) or path.startswith((*ours, *modules))]:
+            del found[path]
+    return {path: adapter / path for path in own}
 
 
-def is_notice(name: str) -> bool:
-    """Return whether a file is a licence or a notice by its name."""
-    return name.lower().startswith(NOTICES) and not name.endswith(WEIGHT_SUFFIXES)
+def _of_configs(base: Path, adapter: Path) -> list[str]:
+    """Return the adapter's files of processor and generation that say something else than the base's."""
+    own = [name for name in sorted({*PROCESSOR_FILES, GENERATION}) if (adapter / name).is_file()]
+    return [name for name in own if not says_the_same(base / name, adapter / name)]
 
 
-def _of_tokenizer(adapter: Path) -> set[str]:
-    """Return the adapter's files that take the place of the base's tokenizer, or of its templates."""
-    templates = {name for name in TEMPLATES if (adapter / name).is_file()}
-    templates |= {f"{MORE_TEMPLATES}{path.name}" for path in (adapter / MORE_TEMPLATES).glob("*.jinja")}
-    if not carries_vocabulary(adapter):
-        return templates
-    return templates | {name for name in TOKENIZER_FILES if (adapter / name).is_file()}
-
-
-def _of_processor(adapter: Path) -> set[str]:
-    return {name for name in PROCESSOR_FILES if (adapter / name).is_file()}
-
-
-def _of_generation(adapter: Path) -> set[str]:
-    return {GENERATION} if (adapter / GENERATION).is_file() else set()
-
-
-def _takes_place(own: set[str], path: str) -> bool:
-    """Return whether a file of the base gives way to the adapter's files `own`, which are of one group."""
-    if own & PROCESSOR_FILES:
-        return path in PROCESSOR_FILES
-    if own == {GENERATION}:
-        return path == GENERATION
-    is_template = path in TEMPLATES or path.startswith(MORE_TEMPLATES)
-    return is_template or (bool(own & set(VOCABULARIES)) and path in TOKENIZER_FILES)
-
-
-def _notices(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if path.is_file() and is_notice(path.name))
-
-
-def module_folders(root: Path) -> tuple[str, ...]:
-    """Return the folders that sentence-transformers loads modules from, with a slash at the end."""
-    try:
-        modules = parse_json((root / MODULES).read_bytes())
-        paths = [str(module.get("path") or "") for module in modules]
-    except (OSError, ValueError, AttributeError, TypeError):
-        return ()
-    return tuple(f"{path}/" for path in paths if path and "/" not in path and not path.startswith("."))
-
-
-def _files(root: Path) -> list[str]:
-    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-
-
-def _comes_along(root: Path, path: str) -> bool:
-    parts = path.split("/")
-    if any(part.startswith(".") for part in parts) or path in LEFT_BEHIND:
-        return False
-    if path.endswith(".safetensors") and path.startswith(module_folders(root)):
+def says_the_same(left: Path, right: Path) -> bool:
+    """Return whether two JSON files hold the same object, whoever wrote them down."""
+    if is_same(left, right):
         return True
-    if path.endswith(WEIGHT_SUFFIXES) or path.endswith(".index.json"):
-        return False
-    return (root / path).stat().st_size <= MAX_COMPANION_BYTES
+    before, after = read_object(left), read_object(right)
+    return bool(before) and _plain(before) == _plain(after)
+
+
+def _plain(config: Mapping[str, Any]) -> str:
+    return json.dumps({key: value for key, value in config.items() if key not in _WRITERS_KEYS}, sort_keys=True)

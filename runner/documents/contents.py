@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from runner.checkpoint.digests import FileDigest
+from runner.companions.files import FileOrigins
 from runner.documents.card import CardFacts, make_card
 from runner.documents.pictures import picture_files
 from runner.documents.provenance import (
@@ -22,7 +23,7 @@ from runner.plan import PlanSummary
 from runner.signature import SigningKey, sign
 
 
-def merge_facts(plan: PlanSummary, versions: Mapping[str, str]) -> MergeFacts:
+def merge_facts(plan: PlanSummary, versions: Mapping[str, str], origins: FileOrigins) -> MergeFacts:
     """Return what card and manifest tell of the merge."""
     return MergeFacts(
         peft_type=plan.peft_type,
@@ -32,6 +33,7 @@ def merge_facts(plan: PlanSummary, versions: Mapping[str, str]) -> MergeFacts:
         tensors_copied=plan.tensors_copied,
         tensors_cast=plan.tensors_cast,
         versions=versions,
+        origins=origins,
     )
 
 

@@ -10,12 +10,14 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from runner.checkpoint.digests import FileDigest, digest_file, digest_of
-from runner.companions.files import WEIGHT_SUFFIXES, may_come_from_adapter
+from runner.companions.files import FileOrigins
+from runner.companions.folders import module_folders
+from runner.companions.names import WEIGHT_SUFFIXES, may_come_from_adapter
 from runner.inputs.combination import Combination
 from runner.inputs.rounding import Rounding
 from runner.verify.verdict import Check, Quality, Verdict
@@ -110,6 +112,7 @@ class MergeFacts:
         tensors_copied: stored tensors whose bytes are the base's.
         tensors_cast: stored tensors that only changed their dtype.
         versions: library name → version, for example {"torch": "2.13.0"}.
+        origins: of the files beside the weights.
     """
 
     peft_type: str
@@ -119,6 +122,7 @@ class MergeFacts:
     tensors_copied: int
     tensors_cast: int
     versions: Mapping[str, str]
+    origins: FileOrigins = field(default_factory=FileOrigins)
 
 
 def released(files: Iterable[FileDigest]) -> tuple[FileDigest, ...]:
@@ -161,10 +165,11 @@ def adapter_digest(root: Path) -> str:
     """Return one digest of the files in `root` that a merge takes from an adapter.
 
     These are adapter_config.json, `adapter*.safetensors`, and what a release may take of its own: tokenizer, templates,
-    processor, generation config, notices, and config.json for the names of labels. The README and what a training
-    leaves behind do not count, so they can change without a new digest.
+    processor, generation config, modules of sentence-transformers, notices, and config.json for the names of labels.
+    The README and what a training leaves behind do not count, so they can change without a new digest.
     """
-    return _digest(root, lambda path: _is_adapter_file(path) or may_come_from_adapter(path))
+    modules = module_folders(root)
+    return _digest(root, lambda path: _is_adapter_file(path) or may_come_from_adapter(path) or path.startswith(modules))
 
 
 def base_digest(root: Path) -> str:
@@ -172,7 +177,8 @@ def base_digest(root: Path) -> str:
 
     Reads every byte of the weights. Other formats of the same weights, hidden files and the README do not count.
     """
-    return _digest(root, _is_base_file)
+    modules = module_folders(root)
+    return _digest(root, lambda path: _is_base_file(path) or path.startswith(modules))
 
 
 def manifest(
@@ -223,6 +229,7 @@ def manifest(
             "quality": quality_numbers(verdict.quality),
         },
         "files": [asdict(file) for file in content],
+        "origins": _origins(facts.origins, content),
     }
     where_given = {"signed_by": signed_by, "archive": [asdict(file) for file in archived]}
     document |= {name: value for name, value in where_given.items() if value}
@@ -237,6 +244,18 @@ def _several(origin: Origin) -> dict[str, Any]:
     adapters = [{**asdict(adapter), "weight": weight} for adapter, weight in origin.weighted]
     how = {"kind": wanted.kind, "density": wanted.density, "seed": wanted.seed, "majority_sign": wanted.majority_sign}
     return {"adapters": adapters, "adapters_digest": origin.digest_of_adapters, "combination": how}
+
+
+def _origins(origins: FileOrigins, content: Iterable[FileDigest]) -> dict[str, Any]:
+    """Return the manifest's part on files: whose bytes each one has, and what of both sides is in no release."""
+    carried = {*origins.base, *origins.adapter}
+    return {
+        "base": list(origins.base),
+        "adapter": list(origins.adapter),
+        "edited": {path: list(keys) for path, keys in origins.edited.items()},
+        "written": [file.path for file in content if file.path not in carried],
+        "left_out": {"base": list(origins.left_of_base), "adapter": list(origins.left_of_adapter)},
+    }
 
 
 def rounded(value: float | None) -> float | None:

@@ -14,6 +14,7 @@ ALLOWANCES: Mapping[str, str] = MappingProxyType(
     {
         "pickle": "pickled weights, where there are no safetensors; tensors only, in a process without tokens",
         "not-verified": "publishing, marked as not verified, where a part of the judgement could not run",
+        "value-head": "an adapter with a value head beside it, which scores texts and is not released",
         "same-repo": "a `target-repo` that is the repository, or lies in the folder, of the adapter or of the base",
     }
 )

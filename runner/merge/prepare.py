@@ -13,8 +13,9 @@ from pathlib import Path
 
 from runner.adapter.combinable import check_combinable
 from runner.adapter.folder import read_adapter
-from runner.checkpoint.layout import read_checkpoint
-from runner.companions.files import TOKENIZER_FILES, find_companions, read_config
+from runner.checkpoint.layout import INDEX_FILE, read_checkpoint
+from runner.companions.files import FileOrigins, find_companions, read_config, trace
+from runner.companions.names import is_template, is_tokenizer
 from runner.companions.notes import check_tokenizer, companion_notes
 from runner.inputs.combination import Combination
 from runner.inputs.rounding import Rounding
@@ -32,6 +33,7 @@ class Prepared:
         attached: base and adapter.
         units: by their paths.
         plan: what happens to every stored tensor.
+        origins: what comes along beside the weights, and what is left out.
         combination: how several adapters became one; None for one.
         rounding: of the values that the adapter changes.
         is_only_planned: several adapters were put together in a quick way whose values are not those asked for.
@@ -40,6 +42,7 @@ class Prepared:
     attached: Attached
     units: Mapping[str, Unit]
     plan: Plan
+    origins: FileOrigins
     combination: Combination | None
     rounding: Rounding
     is_only_planned: bool = False
@@ -52,6 +55,7 @@ def prepare(
     combination: Combination | None = None,
     rounding: Rounding | None = None,
     only_plans: bool = False,
+    pickles: bool = False,
 ) -> Prepared:
     """Return the merge of the adapters into `base`, planned.
 
@@ -62,6 +66,7 @@ def prepare(
         combination: how several adapters become one; None exactly when there is one.
         rounding: of the values that the adapter changes; to the nearest by default.
         only_plans: do not spend hours on the singular values of a merge that will not be made.
+        pickles: whether files beside the weights may be pickles; see `find_companions`.
 
     Raises:
         RunnerError: either folder is damaged, or they cannot be merged exactly; see `read_checkpoint`,
@@ -92,8 +97,10 @@ def prepare(
             notes=(*changes.notes, *_notes(adapters, combination)),
         )
     check_tokenizer(base, adapters[0], getattr(attached.model.config.get_text_config(), "vocab_size", None))
-    companions = find_companions(base, adapters[0], edits)
-    changes = replace(changes, notes=(*changes.notes, *companion_notes(base, adapters[0])))
+    companions = find_companions(base, adapters[0], edits, pickles=pickles)
+    weights = [file.name for file in checkpoint.files] + [INDEX_FILE] * checkpoint.is_indexed
+    origins = trace(base, adapters[0], companions, weights)
+    changes = replace(changes, notes=(*changes.notes, *companion_notes(base, adapters[0], origins)))
     plan = make_plan(
         attached.checkpoint, changes, companions=companions, dtype=dtype, peft_type=attached.adapter.peft_type
     )
@@ -101,6 +108,7 @@ def prepare(
         attached=attached,
         units=units,
         plan=plan,
+        origins=origins,
         combination=combination,
         rounding=rounding or Rounding(),
         is_only_planned=only_plans,
@@ -119,4 +127,5 @@ def _notes(adapters: Sequence[Path], combination: Combination) -> Iterator[str]:
 
 
 def _tokenizer(adapter: Path) -> dict[str, bytes]:
-    return {name: (adapter / name).read_bytes() for name in TOKENIZER_FILES if (adapter / name).is_file()}
+    names = (path.name for path in adapter.iterdir() if path.is_file())
+    return {name: (adapter / name).read_bytes() for name in names if is_tokenizer(name) or is_template(name)}

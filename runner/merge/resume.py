@@ -20,7 +20,7 @@ from runner import __version__
 from runner.adapter.folder import CONFIG_FILE, WEIGHTS_FILE
 from runner.checkpoint.digests import FileDigest, digest_file, digest_of
 from runner.checkpoint.journal import Journal, read_journal
-from runner.companions.files import CONFIG
+from runner.companions.names import CONFIG
 from runner.errors import NotEnoughDisk, RunnerError
 from runner.merge.prepare import Prepared
 

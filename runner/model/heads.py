@@ -18,7 +18,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from runner.adapter.folder import Adapter
-from runner.companions.files import CONFIG
+from runner.companions.names import CONFIG
 from runner.errors import UnsupportedAdapter
 from runner.syntax import parse_json
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from runner.checkpoint.digests import FileDigest, digest_of
 from runner.companions.archive import Archived
-from runner.companions.files import WEIGHT_SUFFIXES
+from runner.companions.names import WEIGHT_SUFFIXES
 from runner.documents.provenance import CARD, MANIFEST, SIGNATURE, is_added_at_publish, released
 from runner.errors import PublishError
 from runner.hub import RemoteFile, Tree

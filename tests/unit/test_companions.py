@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from runner.companions.files import copy_companion, edit_json, find_companions, read_config
+from runner.companions.files import copy_companion, edit_json, find_companions, read_config, trace
 from runner.companions.notes import check_tokenizer, companion_notes
-from runner.errors import AdapterMismatch, BrokenCheckpoint
+from runner.errors import AdapterMismatch, BrokenCheckpoint, UnsupportedCheckpoint
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def _write(folder: Path, files: dict[str, str]) -> Path:
@@ -83,6 +85,10 @@ def test_edits_keep_order_and_everything_else() -> None:
     assert edited["tie_word_embeddings"] is False
 
 
+def _notes(base: Path, adapter: Path) -> list[str]:
+    return list(companion_notes(base, adapter, trace(base, adapter, find_companions(base, adapter, {}), WEIGHTS)))
+
+
 def _sources(base: Path, adapter: Path) -> dict[str, Path]:
     return {companion.path: companion.source for companion in find_companions(base, adapter, {})}
 
@@ -99,7 +105,7 @@ def test_a_chat_template_of_the_adapters_own_is_taken_without_a_tokenizer(templa
     assert "special_tokens_map.json" not in found
     assert not [path for path in found if path.startswith("additional_chat_templates/")]
     assert [path for path in found if path.startswith("chat_template")] == [template]
-    said = list(companion_notes(base, adapter))
+    said = _notes(base, adapter)
     assert any(f"The chat template comes from the adapter ({template})" in note for note in said)
     assert any("special_tokens_map.json is left out" in note for note in said)
 
@@ -111,10 +117,10 @@ def test_processor_and_generation_config_come_from_the_adapter_that_has_them(tmp
     found = _sources(base, adapter)
 
     assert found["preprocessor_config.json"] == adapter / "preprocessor_config.json"
-    assert "processor_config.json" not in found  # never half of each
+    assert found["processor_config.json"] == base / "processor_config.json"  # what the adapter does not replace
     assert found["generation_config.json"] == adapter / "generation_config.json"
     assert found["tokenizer.json"] == base / "tokenizer.json"
-    said = list(companion_notes(base, adapter))
+    said = _notes(base, adapter)
     assert "The processor comes from the adapter (preprocessor_config.json)." in said
     assert "The generation config comes from the adapter (generation_config.json)." in said
 
@@ -140,11 +146,16 @@ def test_the_modules_of_sentence_transformers_come_along_with_their_weights(tmp_
     }  # fmt: skip
     base = _write(tmp_path / "base", {**BASE, **files})
 
-    found = _sources(base, _write(tmp_path / "adapter", {"adapter_config.json": "{}"}))
+    adapter = _write(tmp_path / "adapter", {"adapter_config.json": "{}"})
+    with pytest.raises(UnsupportedCheckpoint, match=r"3_Old/pytorch_model\.bin of the base is a pickle"):
+        find_companions(base, adapter, {})
+    found = {companion.path for companion in find_companions(base, adapter, {}, pickles=True)}
 
-    assert {"modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"} <= found.keys()
-    assert not {"3_Old/pytorch_model.bin", "onnx/model.safetensors"} & found.keys()
-    assert any("3_Old/*.bin is a pickle" in note for note in companion_notes(base, tmp_path / "adapter"))
+    assert {"modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"} <= found
+    assert "3_Old/pytorch_model.bin" in found
+    assert "onnx/model.safetensors" not in found
+    _write(base, {"3_Old/model.safetensors": "w"})
+    assert "3_Old/pytorch_model.bin" not in _sources(base, adapter)  # twice the same
 
 
 @pytest.mark.parametrize("text", ["[1", "3", '[{"path": "../x"}, {"path": ".git"}, 7]'])
@@ -187,7 +198,7 @@ def test_what_differs_between_the_tokenizers_is_told(kind: str, tmp_path: Path) 
         },
     )
 
-    said = " ".join(companion_notes(base, adapter))
+    said = " ".join(_notes(base, adapter))
 
     assert "differs from the base's in chat_template.jinja, tokenizer.json, tokenizer_config.json." in said
     assert "1 are new, 0 of the base's are gone, and 2 have another id (such as 'b')" in said
@@ -199,7 +210,7 @@ def test_a_tokenizer_that_is_the_bases_is_not_spoken_of(tmp_path: Path) -> None:
     base = _write(tmp_path / "base", {"tokenizer.json": "{}", "generation_config.json": "{}"})
     adapter = _write(tmp_path / "adapter", {"tokenizer.json": "{}"})
 
-    assert list(companion_notes(base, adapter)) == []
+    assert _notes(base, adapter) == []
 
 
 def test_tokens_beyond_the_embeddings_are_refused(tmp_path: Path) -> None:
@@ -220,7 +231,7 @@ def test_an_invalid_generation_config_is_carried_and_told(tmp_path: Path) -> Non
     found = {companion.path: companion for companion in find_companions(base, adapter, {})}
 
     assert copy_companion(found["generation_config.json"], tmp_path / "out") == BASE["generation_config.json"].encode()
-    assert any("`temperature` with `do_sample: false`" in note for note in companion_notes(base, adapter))
+    assert any("`temperature` with `do_sample: false`" in note for note in _notes(base, adapter))
 
 
 @pytest.mark.parametrize(
