@@ -7,7 +7,9 @@ would then equal the base. Every name is brought to PEFT's own form by a documen
 - wrappers of distributed training and compilation are taken out of the path (`WRAPPERS`), `base_model.model.` may be
   missing or doubled, and the name of the adapter behind a LoRA factor goes;
 - the path of a module that this model does not have goes through transformers' own renamings of stored tensors
-  (vision-language models had other paths before transformers v5).
+  (vision-language models had other paths before transformers v5), or is read as that of a half of the model
+  (`runner.adapter.halves`);
+- targets that are bare names mean the modules of the half that the adapter has tensors for.
 
 Whoever merges and whoever judges hold a name against the same model class here; neither the tensors' values nor the
 way they are merged is known in this room.
@@ -23,6 +25,7 @@ from typing import Any
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from transformers import PreTrainedModel
 
+from runner.adapter.halves import outer_half, read_half, targets_in, unplaced
 from runner.checkpoint.names import map_names
 from runner.errors import AdapterMismatch, UnsupportedAdapter
 
@@ -72,7 +75,7 @@ def name_adapter(model: PreTrainedModel, config: Mapping[str, Any], tensors: Ite
 
     Raises:
         UnsupportedAdapter: the file holds several adapters.
-        AdapterMismatch: two tensors would have the same name.
+        AdapterMismatch: two tensors would have the same name, or a name fits several halves of the model.
     """
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(str(config.get("peft_type")), "lora_")
     tensors = tuple(tensors)
@@ -81,14 +84,19 @@ def name_adapter(model: PreTrainedModel, config: Mapping[str, Any], tensors: Ite
     plain = {".".join((part.module, *part.rest)) for part in parts.values() if not part.is_tuner}
     parts = {name: _saved(part, plain) for name, part in parts.items()}
     moved = _moved(model, parts.values())
+    half = read_half(model, unplaced(model, {part.module for part in parts.values()} - moved.keys()))
+    used = {part.module: half[part.module] for part in parts.values() if part.module in half}
     names = {name: name for name in tensors}
     for name, part in parts.items():
-        path = moved.get(part.module, part.module)
+        path = moved.get(part.module, used.get(part.module, part.module))
         names[name] = PREFIX + ".".join((*([path] if path else []), *part.rest))
     _check_distinct(names)
-    paths = {old: new for old, new in moved.items() if old != new}
+    moved = {old: new for old, new in moved.items() if old != new}
+    paths = used | moved
     targets = {part.module for part in parts.values() if part.is_tuner}
-    return Naming(names=names, config=_config(config, targets, paths), notes=_notes(names, paths))
+    edits = _config(config, targets, {**half, **paths} if paths else {})
+    chosen, told = _targets(model, config, targets, paths, half)
+    return Naming(names=names, config=edits | chosen, notes=_notes(names, moved, used, told))
 
 
 def _is_of_a_module(name: str) -> bool:
@@ -137,6 +145,40 @@ def _moved(model: PreTrainedModel, parts: Iterable[_Name]) -> dict[str, str]:
     }
 
 
+def _targets(
+    model: PreTrainedModel, config: Mapping[str, Any], targets: set[str], paths: Mapping[str, str],
+    half: Mapping[str, str],
+) -> tuple[dict[str, Any], tuple[str, ...]]:  # fmt: skip
+    """Return `target_modules` in full, where the config's would reach modules of another half; and a note of it."""
+    mine = {paths.get(target, target) for target in targets}
+    if not config.get("target_modules") or not mine:
+        return {}, ()
+    if half:
+        inside = targets_in(model, config, half) | (mine - {*half.values()})
+        return _in_full(config, inside), ()
+    place = outer_half(model, mine)
+    if place is None or not _are_bare(config["target_modules"]):
+        return {}, ()
+    meant = targets_in(model, config, {path: path for path, _ in model.named_modules()})
+    inside = {path for path in meant if path.startswith(f"{place}.")}
+    if not meant - inside:
+        return {}, ()
+    note = (
+        f"`target_modules` also matches {len(meant - inside)} modules outside {place!r}, the first "
+        f"{min(meant - inside)!r}; the adapter has no tensor for any of them, so they stay as they are."
+    )
+    return _in_full(config, inside), (note,)
+
+
+def _are_bare(wanted: Any) -> bool:
+    return not isinstance(wanted, str) and not any("." in str(entry) for entry in wanted)
+
+
+def _in_full(config: Mapping[str, Any], modules: set[str]) -> dict[str, Any]:
+    fields = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    return {"target_modules": sorted(modules)} | {field: None for field in fields if config.get(field) is not None}
+
+
 def _config(config: Mapping[str, Any], targets: set[str], paths: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields that name modules by their old paths, rewritten for the new ones."""
     if not paths:
@@ -144,9 +186,7 @@ def _config(config: Mapping[str, Any], targets: set[str], paths: Mapping[str, st
     edits: dict[str, Any] = {}
     wanted = config.get("target_modules")
     if (isinstance(wanted, str) and wanted != "all-linear") or any("." in str(entry) for entry in wanted or ()):
-        edits["target_modules"] = sorted(paths.get(path, path) for path in targets)
-        fields = ("exclude_modules", "layers_to_transform", "layers_pattern")
-        edits |= {field: None for field in fields if config.get(field) is not None}
+        edits |= _in_full(config, {paths.get(path, path) for path in targets})
     for field in ("rank_pattern", "alpha_pattern"):
         if patterns := config.get(field):
             found = {path: _first(patterns, path) for path in sorted(targets)}
@@ -156,7 +196,16 @@ def _config(config: Mapping[str, Any], targets: set[str], paths: Mapping[str, st
     saved = config.get("modules_to_save")
     if isinstance(saved, list) and any("." in entry for entry in saved):
         edits["modules_to_save"] = [paths.get(entry, entry) for entry in saved]
+    if isinstance(tokens := config.get("trainable_token_indices"), dict):
+        edits["trainable_token_indices"] = {paths.get(entry, entry): rows for entry, rows in tokens.items()}
+    if isinstance(parameters := config.get("target_parameters"), list):
+        edits["target_parameters"] = [_parameter(entry, paths) for entry in parameters]
     return edits
+
+
+def _parameter(entry: str, paths: Mapping[str, str]) -> str:
+    module, dot, name = entry.rpartition(".")
+    return f"{paths.get(module, module)}{dot}{name}"
 
 
 def _first(patterns: Mapping[str, Any], path: str) -> Any:
@@ -164,14 +213,25 @@ def _first(patterns: Mapping[str, Any], path: str) -> Any:
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), None)
 
 
-def _notes(names: Mapping[str, str], paths: Mapping[str, str]) -> tuple[str, ...]:
+def _notes(
+    names: Mapping[str, str], moved: Mapping[str, str], used: Mapping[str, str], told: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Return the notes: on renamings, on the half that the adapter was trained on, `told`, and on the packing."""
     notes = []
-    if paths:
-        old, new = min(paths.items())
+    if moved:
+        old, new = min(moved.items())
         notes.append(
-            f"The adapter names modules as an older transformers did; {len(paths)} paths were renamed through "
+            f"The adapter names modules as an older transformers did; {len(moved)} paths were renamed through "
             f"transformers' own renamings, the first {old!r} to {new!r}."
         )
+    if used:
+        old, new = min(used.items())
+        notes.append(
+            f"The adapter was trained on a part of the base: {len(used)} of its paths can be read in one way only, "
+            f"the first, {old!r}, as {new!r}."
+        )
+    notes += told
+    paths = {**used, **moved}
     repacked = [name for name, own in names.items() if own != name and _kept(name, own, paths)]
     if repacked:
         notes.append(

@@ -34,8 +34,8 @@ from runner.errors import AdapterMismatch, UnsupportedAdapter
 from runner.inputs.combination import Combination
 from runner.model.base_model import Base, open_base
 from runner.model.combined import combine
+from runner.model.empty import first_line
 from runner.model.expert_packing import as_peft_packs
-from runner.model.forms import first_line
 from runner.model.heads import PREFIX
 from runner.model.placed import check_copies, is_repeated, is_wrapper, mark, repeats, replaced, untrained, widen
 from runner.model.single_experts import Single, describe, find_single_experts, pack_single_experts, target_stacks

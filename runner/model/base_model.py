@@ -26,7 +26,8 @@ from runner.checkpoint.layout import Checkpoint
 from runner.checkpoint.names import StoredNames
 from runner.checkpoint.reader import Reader
 from runner.errors import AdapterMismatch, BrokenCheckpoint, UnsupportedCheckpoint
-from runner.model.forms import decide_form, empty_model, grows
+from runner.model.empty import empty_model
+from runner.model.forms import decide_form, grows
 from runner.model.vocabulary import given_shapes, zero_padded
 
 
@@ -72,7 +73,7 @@ def open_base(checkpoint: Checkpoint, adapter: Adapter, *, in_memory: bool) -> B
         UnsupportedAdapter: transformers has no class for the adapter's task.
     """
     form = decide_form(checkpoint, adapter)
-    model, checkpoint, names = form.model, form.checkpoint, form.names
+    model, checkpoint, adapter, names = form.model, form.checkpoint, form.adapter, form.names
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     conversion = Conversion(names, shapes, lambda: empty_model(type(model), model.config))
     own = _fill(model, checkpoint, names, given_shapes(adapter), in_memory=in_memory, is_resized=form.is_resized)

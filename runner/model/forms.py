@@ -5,27 +5,24 @@ Decided from configs, headers and tensor names; no weight is read.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from runner.adapter.folder import Adapter
+from runner.adapter.names import name_adapter
 from runner.checkpoint.formats import check_plain
 from runner.checkpoint.layout import Checkpoint
 from runner.checkpoint.names import StoredNames, map_names
 from runner.checkpoint.view import view
 from runner.companions.files import read_config
-from runner.errors import BrokenCheckpoint, UnsupportedCheckpoint
-from runner.model.heads import choose_class, find_labels
+from runner.errors import UnsupportedCheckpoint
+from runner.model.empty import BUILD_ERRORS, empty_model, unbuildable
+from runner.model.heads import HEADED, choose_class, find_labels
 from runner.model.vocabulary import resized_config
-
-# What transformers and torch say of a config that makes no sense.
-_BUILD_ERRORS = (ValueError, OSError, TypeError, AttributeError, KeyError, ArithmeticError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +32,7 @@ class Form:
     Attributes:
         checkpoint: the base as the merged model's class sees it.
         model: of that class, on the meta device, in evaluation mode.
+        adapter: with its tensors under the names that PEFT gives them in `model`; not to be read from.
         names: where each stored tensor goes in it.
         config_edits: keys of config.json with their new values.
         notes: what the user should know, one sentence each.
@@ -43,6 +41,7 @@ class Form:
 
     checkpoint: Checkpoint
     model: PreTrainedModel
+    adapter: Adapter
     names: StoredNames
     config_edits: Mapping[str, Any]
     notes: tuple[str, ...]
@@ -56,11 +55,12 @@ def decide_form(checkpoint: Checkpoint, adapter: Adapter) -> Form:
         BrokenCheckpoint: config.json is incomplete or of another model.
         UnsupportedCheckpoint: quantised, or of a class that transformers does not have.
         UnsupportedAdapter: transformers has no class for the adapter's task.
-        AdapterMismatch: the adapter's own embeddings contradict each other.
+        AdapterMismatch: the adapter's own embeddings contradict each other, or its names fit several parts of the base.
     """
     own_class, config = _own_class(checkpoint)
     model_class = choose_class(own_class, config, adapter)
     model = empty_model(model_class, config)
+    adapter = _under_own_names(model, adapter)
     labels = find_labels(model, adapter)
     edits = dict(labels.edits) if labels else {}
     if labels is not None and labels.count != config.num_labels:
@@ -69,9 +69,10 @@ def decide_form(checkpoint: Checkpoint, adapter: Adapter) -> Form:
     notes: list[str] = []
     if model_class is not own_class:
         edits["architectures"] = [model_class.__name__]
-        left_out = _heads_of(own_class, config, map_names(model, checkpoint.tensors).unknown, checkpoint)
+        strange = map_names(model, checkpoint.tensors).unknown
+        left_out = _replaced(own_class, config, strange, checkpoint) if adapter.task_type in HEADED else ()
         checkpoint = view(checkpoint, dropped=left_out)
-        notes.append(_departure(own_class, model_class, left_out))
+        notes.append(_departure(own_class, model_class, left_out, [name for name in strange if name not in left_out]))
     names = map_names(model, checkpoint.tensors)
     resized = resized_config(model, adapter)
     if resized is not None:
@@ -83,16 +84,12 @@ def decide_form(checkpoint: Checkpoint, adapter: Adapter) -> Form:
     return Form(
         checkpoint=checkpoint,
         model=model,
+        adapter=adapter,
         names=names,
         config_edits=edits,
         notes=tuple(notes),
         is_resized=resized is not None,
     )
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, for use in ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def grows(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
@@ -114,48 +111,48 @@ def _own_class(checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], Pretraine
         )
     try:
         return model_class, AutoConfig.from_pretrained(str(checkpoint.root), trust_remote_code=False)
-    except _BUILD_ERRORS as error:
-        raise _unbuildable(model_class, error) from error
+    except BUILD_ERRORS as error:
+        raise unbuildable(model_class, error) from error
 
 
-def empty_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """Return the model on the meta device, in evaluation mode.
-
-    Raises:
-        BrokenCheckpoint: the class cannot be built from `config`.
-    """
-    try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model: PreTrainedModel = model_class._from_config(config)
-    except _BUILD_ERRORS as error:
-        raise _unbuildable(model_class, error) from error
-    return model.eval()
+def _under_own_names(model: PreTrainedModel, adapter: Adapter) -> Adapter:
+    naming = name_adapter(model, adapter.config, adapter.tensors)
+    tensors = {naming.names[name]: tensor for name, tensor in adapter.tensors.items()}
+    return replace(adapter, tensors=tensors, config={**adapter.config, **naming.config})
 
 
-def _unbuildable(model_class: type[PreTrainedModel], error: Exception) -> BrokenCheckpoint:
-    return BrokenCheckpoint(
-        f"The model class {model_class.__name__} cannot be built from config.json: {first_line(error)}",
-        why="config.json is incomplete, or was written for other code.",
-        fix="Download the base again, or use the revision that its authors name.",
-    )
-
-
-def _heads_of(
+def _replaced(
     own_class: type[PreTrainedModel], config: PretrainedConfig, unknown: tuple[str, ...], checkpoint: Checkpoint
 ) -> tuple[str, ...]:
-    """Return which of the `unknown` tensors belong to the base's own class; what no class knows is kept."""
-    mine = map_names(empty_model(own_class, config), checkpoint.tensors)
-    known = {*mine.renamed.values(), *(name for names in mine.converted.values() for name in names)}
-    return tuple(name for name in unknown if name in known)
+    """Return which of the `unknown` tensors are the head of the base's own class, whose place another head takes."""
+    own = empty_model(own_class, config)
+    mine = map_names(own, checkpoint.tensors)
+    homes = {name: key for key, name in mine.renamed.items()}
+    homes |= {name: key for key, names in mine.converted.items() for name in names}
+    return tuple(name for name in unknown if name in homes and _is_of_head(own, homes[name]))
 
 
-def _departure(own: type[PreTrainedModel], new: type[PreTrainedModel], left_out: tuple[str, ...]) -> str:
+def _is_of_head(model: PreTrainedModel, key: str) -> bool:
+    """Return whether a parameter lies outside the body, which is what classes of other tasks have in common."""
+    if hasattr(model, model.base_model_prefix):
+        return not key.startswith(f"{model.base_model_prefix}.")
+    head = model.get_output_embeddings()
+    return head is not None and model.get_submodule(key.rpartition(".")[0]) is head
+
+
+def _departure(
+    own: type[PreTrainedModel], new: type[PreTrainedModel], left_out: Sequence[str], kept: Sequence[str]
+) -> str:
     text = f"The adapter was trained on a {new.__name__}: that is what the release is, not a {own.__name__}"
-    if not left_out:
-        return text + "."
-    more = f" and {len(left_out) - 1} more tensors" if left_out[1:] else ""
-    return f"{text}; the base's {left_out[0]}{more} of its own head are left out."
+    if left_out:
+        text += f"; left out: the base's own head, {_first_of(left_out)}"
+    if kept:
+        text += f"; kept, although a {new.__name__} does not know it: {_first_of(kept)}"
+    return f"{text}."
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more tensors" if names[1:] else "")
 
 
 def _cut(model: PreTrainedModel, checkpoint: Checkpoint, names: StoredNames) -> dict[str, tuple[int, ...]]:

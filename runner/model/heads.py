@@ -2,7 +2,8 @@
 
 A classification adapter is trained on another class than the base's: same body, another head, and the head's weights
 are in the adapter alone. The merged model is then of the task's class, as transformers' auto classes name it for the
-base's config; the base's own head is left out, and config.json says so.
+base's config; the base's own head is left out, and config.json says so. An adapter that was trained on a part of the
+base (its text model, say) changes that part: the merged model is the base's class, with every tensor.
 Not covered: classes that transformers does not have (refused).
 """
 
@@ -13,13 +14,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from runner.adapter.folder import Adapter
+from runner.adapter.names import WRAPPERS
 from runner.companions.names import CONFIG
 from runner.errors import UnsupportedAdapter
+from runner.model.empty import empty_model
 from runner.syntax import parse_json
 
 PREFIX = "base_model.model."
@@ -53,7 +55,7 @@ def adapter_keys(adapter: Adapter) -> dict[str, tuple[int, ...]]:
 
 
 def choose_class(own: type[PreTrainedModel], config: PretrainedConfig, adapter: Adapter) -> type[PreTrainedModel]:
-    """Return the class that the adapter was trained on: `own` unless its task or its tensor names say otherwise.
+    """Return the class of the merged model: `own` unless the adapter's task or its tensor names say otherwise.
 
     Raises:
         UnsupportedAdapter: transformers has no class for the adapter's task on this architecture.
@@ -105,16 +107,13 @@ def find_labels(model: PreTrainedModel, adapter: Adapter) -> Labels | None:
 
 
 def _candidates(config: PretrainedConfig, adapter: Adapter) -> Iterator[type[PreTrainedModel]]:
+    """Yield the classes that the adapter may have been trained on; one with another config is of a part of the base."""
     named = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
     found = getattr(transformers, str(named), None) if named else None
-    if (
-        isinstance(found, type)
-        and issubclass(found, PreTrainedModel)
-        and getattr(found, "config_class", None) is type(config)
-    ):
-        yield found
-    if adapter.task_type is not None:
-        yield from _task_classes(config, adapter.task_type)[:1]
+    named_class = [found] if isinstance(found, type) and issubclass(found, PreTrainedModel) else []
+    for model_class in (*named_class, *_task_classes(config, adapter.task_type)[:1]):
+        if getattr(model_class, "config_class", None) is type(config):
+            yield model_class
 
 
 def _task_classes(config: PretrainedConfig, task: str | None) -> tuple[type[PreTrainedModel], ...]:
@@ -125,10 +124,9 @@ def _task_classes(config: PretrainedConfig, task: str | None) -> tuple[type[PreT
 
 def _fits(model_class: type[PreTrainedModel], config: PretrainedConfig, adapter: Adapter) -> bool:
     """Return whether every tensor of the adapter leads to a module of the class that holds no other modules."""
-    with torch.device("meta"):
-        modules = dict(model_class._from_config(config).named_modules())
+    modules = dict(empty_model(model_class, config).named_modules())
     for key in adapter_keys(adapter):
-        parts = key.split(".")
+        parts = [part for part in key.split(".") if part not in WRAPPERS]
         while parts and ".".join(parts) not in modules:
             parts.pop()
         if not parts or any(True for _ in modules[".".join(parts)].children()):

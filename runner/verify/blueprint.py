@@ -30,7 +30,7 @@ class Blueprint:
         transposed: modules whose weight is stored as (in, out).
         embeddings: modules that look rows up.
         heads: keys that no tensor of the base makes: only the adapter can have them.
-        dropped: stored tensors of the base's own head, which a merged model of another class has not.
+        dropped: stored tensors of the base's own head, where a head of the adapter's takes its place.
         buffers: keys of what the model computes itself and no file needs to hold.
         empty: makes the model without weights.
     """
@@ -96,10 +96,19 @@ def _with_stored_origins(ties: Mapping[str, str], made: Collection[str]) -> dict
 
 
 def _dropped(root: Path, names: Sequence[str], task: Task, unknown: Sequence[str]) -> frozenset[str]:
-    if task.model_class is task.own_class or not unknown:
+    """Return the base's tensors that a head of the adapter's replaces; all others must be in the merged folder."""
+    if not task.has_new_head or not unknown:
         return frozenset()
-    mine = map_names(build_empty(root, task.own_class), names)
-    return frozenset(set(unknown) - set(mine.unknown))
+    own = build_empty(root, task.own_class)
+    mine = map_names(own, names)
+    key_of = {name: key for key, name in mine.renamed.items()}
+    key_of |= {name: key for key, made in mine.converted.items() for name in made}
+    body = getattr(own, own.base_model_prefix, None)
+    if body is None:
+        heads = {f"{path}." for path, module in own.named_modules() if module is own.get_output_embeddings()}
+        return frozenset(name for name in unknown if key_of.get(name, "").startswith(tuple(heads)))
+    inside = f"{own.base_model_prefix}."
+    return frozenset(name for name in unknown if name in key_of and not key_of[name].startswith(inside))
 
 
 def check_heads(blueprint: Blueprint, recipe: Recipe) -> None:

@@ -95,12 +95,17 @@ class Case:
 
     @property
     def embedding_rows(self) -> int:
-        """How many rows the reference's input embedding has; `UNREAD_IDS` where the model reads no text."""
+        """How many tokens the reference can read, and count among its answers; `UNREAD_IDS` where it reads no text.
+
+        Mllama's input embedding has rows for pictures that its head has not.
+        """
+        model = self.unmerged.model.get_base_model()
         try:
-            weight = getattr(self.unmerged.model.get_base_model().get_input_embeddings(), "weight", None)
+            found = [model.get_input_embeddings(), model.get_output_embeddings()]
         except NotImplementedError:  # transformers knows of none
-            weight = None
-        return int(weight.shape[0]) if weight is not None and weight.ndim == 2 else UNREAD_IDS
+            return UNREAD_IDS
+        rows = [weight.shape[0] if weight is not None and weight.ndim == 2 else 0 for weight in map(_weight, found)]
+        return min(int(count) for count in rows if count) if rows[0] else UNREAD_IDS
 
     @property
     def max_tokens(self) -> int:
@@ -166,6 +171,10 @@ def open_case(
             parts=one.parts,
             probes=tuple(probe_modules(unmerged, sources, seed)),
         )
+
+
+def _weight(module: Any) -> Any:
+    return getattr(module, "weight", None)
 
 
 def judge_semantics(probes: Sequence[Probe], unmerged: Unmerged) -> tuple[Check, ...]:

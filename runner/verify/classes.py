@@ -1,7 +1,8 @@
 """Which class the merged model must be of, and with how many labels: the judge's own reading of base and adapter.
 
 An adapter for classification was trained on another class than the base's, with a head that only the adapter has. A
-right merge is of that class, says so in config.json, holds the head, and leaves the base's own head out.
+right merge is of that class, says so in config.json, holds the head, and leaves the base's own head out, and nothing
+else of the base.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
+from runner.adapter.names import WRAPPERS
 from runner.errors import BrokenCheckpoint, UnsupportedAdapter
 from runner.verify.models import LOAD_ERRORS, model_class, quiet, unbuildable
 from runner.verify.recipe import PREFIX, read_adapter_config, read_adapter_header
@@ -43,12 +45,19 @@ class Task:
         own_class: the class of the base.
         labels: how many the head has; None where the base's number holds.
         config: keys of config.json that must have these values instead of the base's.
+        is_headed: whether the adapter's task is one with a head that is trained with it.
     """
 
     model_class: Any
     own_class: Any
+    is_headed: bool
     labels: int | None
     config: Mapping[str, Any]
+
+    @property
+    def has_new_head(self) -> bool:
+        """Whether a head of the adapter's takes the place of the base's own."""
+        return self.model_class is not self.own_class and self.is_headed
 
     @property
     def departs(self) -> bool:
@@ -107,7 +116,7 @@ def read_task(base: Path, adapter: Path) -> Task:
     if config.get("task_type") not in _TASKS:
         chosen = _body(base, own, config, shapes)
         edits = {} if chosen is own else {"architectures": [chosen.__name__]}
-        return Task(model_class=chosen, own_class=own, labels=None, config=edits)
+        return Task(model_class=chosen, own_class=own, is_headed=False, labels=None, config=edits)
     auto, suffix = _TASKS[str(config["task_type"])]
     chosen = own if own.__name__.endswith(suffix) else type(_of_task(base, auto))
     model = build_empty(base, chosen)
@@ -115,7 +124,8 @@ def read_task(base: Path, adapter: Path) -> Task:
     edits = {} if chosen is own else {"architectures": [chosen.__name__]}
     edits |= _label_edits(adapter, labels, int(model.config.num_labels))
     is_other = labels != model.config.num_labels
-    return Task(model_class=chosen, own_class=own, labels=labels if is_other else None, config=edits)
+    labels_or_none = labels if is_other else None
+    return Task(model_class=chosen, own_class=own, is_headed=True, labels=labels_or_none, config=edits)
 
 
 def _of_task(base: Path, auto: str) -> PreTrainedModel:
@@ -133,17 +143,22 @@ def _of_task(base: Path, auto: str) -> PreTrainedModel:
 
 
 def _body(base: Path, own: Any, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Any:
-    """Return the base's own class, or, where the adapter's names do not fit that, the one that they do fit."""
+    """Return the base's own class, or, where the adapter's names do not fit that, the one that they do fit.
+
+    A class that has another config than the base is of a part of it. A release is never a part.
+    """
     auto = _BODIES.get(str(config.get("task_type")))
     named = str((config.get("auto_mapping") or {}).get("base_model_class") or auto or "")
     wanted = getattr(transformers, named, None)
-    if wanted is None or _fits(build_empty(base, own), shapes):
+    mine = build_empty(base, own) if wanted is not None else None
+    if mine is None or _fits(mine, shapes):
         return own
     try:
         model = build_empty(base, wanted)
     except BrokenCheckpoint:  # that class is not for this base
         return own
-    return type(model) if _fits(model, shapes) else own
+    is_whole = type(model).config_class is type(mine.config)
+    return type(model) if is_whole and _fits(model, shapes) else own
 
 
 def _fits(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -153,7 +168,7 @@ def _fits(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> bool
 
 
 def _prefixes(key: str) -> list[str]:
-    parts = key.split(".")
+    parts = [part for part in key.split(".") if part not in WRAPPERS]
     return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
 
 

@@ -25,11 +25,19 @@ ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
 
 @dataclass(frozen=True)
 class Case:
-    """One adapter with a head on one base; `dropped` are the base's tensors that the output does not have."""
+    """One adapter with a head on one base.
+
+    Attributes:
+        build: the base.
+        trained: how the adapter was.
+        dropped: the base's tensors whose place the adapter's own head takes.
+        kept: the base's tensors that the adapter's class does not know.
+    """
 
     build: Callable[[], PreTrainedModel]
     trained: Trained
     dropped: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
 
 def _llama() -> PreTrainedModel:
@@ -57,9 +65,9 @@ CASES = {
         ("lm_head.weight",),
     ),
     "token_cls": Case(_llama, Trained(task="TOKEN_CLS", labels=7, options=ATTENTION), ("lm_head.weight",)),
-    "features": Case(_llama, Trained(task="FEATURE_EXTRACTION", options=ATTENTION), ("lm_head.weight",)),
+    "features": Case(_llama, Trained(task="FEATURE_EXTRACTION", options=ATTENTION), kept=("lm_head.weight",)),
     "features_plain": Case(
-        _llama, Trained(task=None, model_class=transformers.AutoModel, options=ATTENTION), ("lm_head.weight",)
+        _llama, Trained(task=None, model_class=transformers.AutoModel, options=ATTENTION), kept=("lm_head.weight",)
     ),
 }
 
@@ -73,17 +81,18 @@ def test_merge_equals_peft_and_the_judge_agrees(name: str, dtype: str, tmp_path:
 
     plan, merged = run_merge(base, adapter, tmp_path / "merged", dtype=dtype)
 
-    expected = heads.peft_merge(base, adapter, case.trained)
-    after = oracle.read_folder(merged.root)
+    before, after = oracle.read_folder(base), oracle.read_folder(merged.root)
+    expected = heads.peft_merge(base, adapter, case.trained) | {key: before[key] for key in case.kept}
     assert after.keys() == expected.keys()
     for key, tensor in after.items():
         assert torch.equal(tensor, expected[key].to(tensor.dtype)), key
-    assert oracle.read_folder(base).keys() - after.keys() == set(case.dropped)
+    assert before.keys() - after.keys() == set(case.dropped)
     model = case.trained.load(base)
     config = json.loads((merged.root / "config.json").read_text())
     assert config["architectures"] == [type(model).__name__]
     assert transformers.AutoConfig.from_pretrained(merged.root).num_labels == model.config.num_labels
     assert any(type(model).__name__ in note for note in plan.summary.notes)
+    assert all(any(key in note for note in plan.summary.notes) for key in (*case.dropped, *case.kept))
     verdict = judge(base=base, adapter=adapter, merged=merged.root, dtype=dtype)
     assert verdict.failures == ()
     assert verdict.passed

@@ -1,0 +1,165 @@
+"""Adapters that were trained on the text half of a model of text and pictures: merged into the whole, or refused.
+
+The oracle is the half itself with the adapter on it, unmerged, as PEFT computes it; the release is loaded by
+transformers as the base's own class, and its half must compute the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from runner.verify.judge import judge
+from runner.verify.verdict import Status
+from tests.parity import models, oracle, structures
+from tests.parity.pipeline import run_merge
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+IDS = torch.arange(3, 23)[None]
+_MROPE = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+_QWEN3_5: Mapping[str, Any] = {
+    "text_config": {
+        **structures.TEXT, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "rope_parameters": _MROPE, "tie_word_embeddings": False,
+    },
+    "vision_config": {
+        "depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "hidden_size": 16,
+        "intermediate_size": 24, "out_hidden_size": 32, "num_position_embeddings": 16,
+    },
+    "image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
+MORE: Mapping[str, Mapping[str, Any]] = {
+    "MllamaForConditionalGeneration": {
+        "text_config": {
+            **structures.UNTIED, "cross_attention_layers": [1], "num_hidden_layers": 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        "vision_config": {
+            "hidden_size": 32, "attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_global_layers": 1, "image_size": 16, "patch_size": 4, "vision_output_dim": 64, "max_num_tiles": 1,
+            "supported_aspect_ratios": [[1, 1]], "intermediate_layers_indices": [0],
+        },
+        "image_token_index": 90,
+    },
+    "Qwen3_5ForConditionalGeneration": _QWEN3_5,
+    "Qwen3_5MoeForConditionalGeneration": {**_QWEN3_5, "text_config": {**_QWEN3_5["text_config"], **_EXPERTS}},
+    "Llama4ForConditionalGeneration": {
+        "text_config": {
+            **structures.HEAD, "intermediate_size_mlp": 48, "num_local_experts": 2, "interleave_moe_layer_step": 2,
+            "tie_word_embeddings": False,
+        },
+        "vision_config": {
+            **structures.VISION, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
+        },
+        "image_token_index": 90,
+    },
+}  # fmt: skip
+ARCHITECTURES = (
+    "Gemma3ForConditionalGeneration", "LlavaForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration", "Mistral3ForConditionalGeneration", "SmolVLMForConditionalGeneration",
+    "InternVLForConditionalGeneration", "PaliGemmaForConditionalGeneration", "Idefics3ForConditionalGeneration", *MORE,
+)  # fmt: skip
+# Three families whose layers, or whose vision towers, are named in three ways.
+SOME = ("LlavaForConditionalGeneration", "MllamaForConditionalGeneration", "Idefics3ForConditionalGeneration")
+
+
+class _Headed(nn.Module):
+    """A text model with its head, as classes for causal language models hold the two."""
+
+    def __init__(self, model: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.model, self.lm_head = model, head
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.lm_head(self.model(input_ids=input_ids)[0])
+        return hidden
+
+
+def _save_base(architecture: str, folder: Path) -> Path:
+    model = structures.build(architecture, MORE.get(architecture))
+    return models.save_base(model, folder, dtype=torch.float32, shard="30KB")
+
+
+def _half(model: PreTrainedModel) -> nn.Module:
+    text = type(model.config.get_text_config())
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and isinstance(part.config, text)]
+    half: nn.Module = parts[-1] if _is_headed(parts) else parts[0]
+    return half
+
+
+def _is_headed(parts: list[PreTrainedModel]) -> bool:
+    # The outer one is a class with a head, such as Llama 4's.
+    return any(isinstance(child, type(parts[-1])) for child in parts[0].children())
+
+
+def _text_class(model: PreTrainedModel) -> nn.Module:
+    return _Headed(_half(model), model.get_output_embeddings())
+
+
+HALVES: Mapping[str, Callable[[PreTrainedModel], nn.Module]] = {"text class": _text_class, "text model": _half}
+
+
+def _compute(half: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        found = half(input_ids=IDS)
+    return found if isinstance(found, torch.Tensor) else found[0]
+
+
+def _edit(adapter: Path, **fields: Any) -> None:
+    (adapter / CONFIG).write_text(json.dumps(json.loads((adapter / CONFIG).read_text()) | fields))
+
+
+def _train(half: nn.Module, folder: Path, *, task: str | None = "CAUSAL_LM", **options: Any) -> torch.Tensor:
+    """Save a random adapter of the half and return what PEFT's unmerged model computes with it."""
+    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], **options})
+    torch.manual_seed(3)
+    peft_model = get_peft_model(half, config).eval()
+    with torch.no_grad():
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    peft_model.save_pretrained(folder)
+    _edit(folder, task_type=task)
+    return _compute(peft_model)
+
+
+def _far(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.mark.parametrize("kind", HALVES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_adapter_of_the_text_half_is_merged_into_the_whole(architecture: str, kind: str, tmp_path: Path) -> None:
+    base = _save_base(architecture, tmp_path / "base")
+    half = HALVES[kind](oracle.load(base))
+    before = _compute(half)
+    wanted = _train(half, tmp_path / "adapter", task="CAUSAL_LM" if kind == "text class" else None)
+
+    plan, merged = run_merge(base, tmp_path / "adapter", tmp_path / "merged")
+
+    assert _far(before, wanted) > 1e-3
+    assert oracle.read_folder(merged.root).keys() == oracle.read_folder(base).keys()
+    assert json.loads((merged.root / CONFIG.removeprefix("adapter_")).read_text())["architectures"] == [architecture]
+    assert _far(_compute(HALVES[kind](oracle.load(merged.root))), wanted) < 1e-5
+    said = " ".join(plan.summary.notes)
+    assert "can be read in one way only" in said or "transformers' own renamings" in said
+    verdict = judge(base=base, adapter=tmp_path / "adapter", merged=merged.root, dtype="auto")
+    assert verdict.failures == ()
+    assert verdict.status is Status.PASS
