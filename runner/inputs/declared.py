@@ -145,7 +145,9 @@ INPUTS: tuple[InputSpec, ...] = (
         default="lora-merge-report",
     ),
     InputSpec(name="cache-dir", description="Folder that keeps downloads between runs; else none are kept."),
-    InputSpec(name="phase-timeout-minutes", description="Minutes that one phase may take; else any number."),
+    InputSpec(
+        name="phase-timeout-minutes", description="Minutes that one phase may take; 0 for any number.", default="330"
+    ),
     InputSpec(
         name="verify-prompts",
         description="Prompts to verify with beside the built-in ones: one a line, or a .txt or .jsonl file.",

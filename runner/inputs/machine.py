@@ -38,7 +38,7 @@ class Machine:
             "gpus": self.gpus.display,
             "min-free-vram": f"{self.min_free_vram_bytes}B" if self.min_free_vram_bytes else "",
             "gpu-wait-timeout": f"{self.gpu_wait_s / MINUTE_S:g}",
-            "phase-timeout-minutes": "" if limit is None else f"{limit / MINUTE_S:g}",
+            "phase-timeout-minutes": f"{(limit or 0) / MINUTE_S:g}",
         }
 
 

@@ -27,7 +27,7 @@ def test_defaults_leave_the_choice_to_the_action() -> None:
     machine = read().machine
 
     assert (machine.executor, machine.gpus, machine.min_free_vram_bytes) == ("auto", Gpus(), 0)
-    assert (machine.gpu_wait_s, machine.phase_timeout_s) == (1800, None)
+    assert (machine.gpu_wait_s, machine.phase_timeout_s) == (1800, 330 * 60)
 
 
 @pytest.mark.usefixtures("adapter")
@@ -42,6 +42,14 @@ def test_what_is_given_is_read_and_shown() -> None:
     shown = inputs.public()
     assert (shown["gpus"], shown["min-free-vram"]) == ("device=0,2", "20000000000B")
     assert (shown["gpu-wait-timeout"], shown["phase-timeout-minutes"]) == ("0", "1.5")
+
+
+@pytest.mark.usefixtures("adapter")
+def test_a_phase_has_no_limit_where_that_is_said() -> None:
+    inputs = read(phase_timeout_minutes="0")
+
+    assert inputs.machine.phase_timeout_s is None
+    assert inputs.public()["phase-timeout-minutes"] == "0"
 
 
 @pytest.mark.usefixtures("adapter")
