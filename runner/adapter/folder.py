@@ -19,12 +19,12 @@ from runner.adapter.fields import check_fields, check_rank
 from runner.adapter.methods import FACTORS, find_refusal
 from runner.checkpoint.layout import TensorFile, TensorInfo, read_tensor_file
 from runner.checkpoint.pointers import is_pointer, pointer_problem
+from runner.checkpoint.readable import folder_problem
 from runner.errors import BrokenAdapter, CheckpointError, UnsupportedAdapter
 from runner.syntax import parse_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-MAX_CONFIG_BYTES = 10_000_000
 SCAN_BYTES = 4 << 20
 
 _EXPONENT = MappingProxyType({"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)})
@@ -63,6 +63,8 @@ def read_adapter(root: Path) -> Adapter:
         BrokenAdapter: a file is missing, pickled, truncated or not finite.
         UnsupportedAdapter: a method or option that has no exact merge, or an adapter that changes nothing.
     """
+    if problem := folder_problem(root):
+        raise _broken(f"In the adapter's folder, {problem}")
     config = _read_config(root)
     check_fields(config)
     peft_type = str(config.get("peft_type") or "")
@@ -87,8 +89,6 @@ def read_adapter(root: Path) -> Adapter:
 def _read_config(root: Path) -> dict[str, Any]:
     path = root / CONFIG_FILE
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise _broken(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes.")
         if is_pointer(path):
             problem = pointer_problem(CONFIG_FILE)
             raise BrokenAdapter(problem.what, why=problem.why, fix=problem.fix)

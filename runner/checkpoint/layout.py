@@ -19,7 +19,9 @@ from types import MappingProxyType
 from typing import Any
 
 from runner.checkpoint.absent import no_weights
+from runner.checkpoint.counts import config_problem
 from runner.checkpoint.pointers import is_pointer, pointer_problem
+from runner.checkpoint.readable import folder_problem
 from runner.errors import BrokenCheckpoint, CheckpointError, UnsupportedCheckpoint
 from runner.syntax import parse_json
 
@@ -109,12 +111,14 @@ class Checkpoint:
 
 
 def read_checkpoint(root: Path) -> Checkpoint:
-    """Return the layout of the checkpoint in `root`; only headers and the index are read.
+    """Return the layout of the checkpoint in `root`; only headers, the index and config.json are read.
 
     Raises:
-        BrokenCheckpoint: no weights, a missing shard, an index and headers that contradict each other.
+        BrokenCheckpoint: no weights, a missing shard, an index and headers that contradict each other, something that
+            is no file or larger than its kind ever is, a config.json with numbers that no model has.
         UnsupportedCheckpoint: an adapter, pickled weights, or another format; a dtype that is not known.
     """
+    _check_readable(root)
     index = root / INDEX_FILE
     single = root / SINGLE_FILE
     if single.is_file():  # transformers prefers it, too, when a folder has both
@@ -127,6 +131,21 @@ def read_checkpoint(root: Path) -> Checkpoint:
         _check_index(index, weight_map, tensors)
         return Checkpoint(root=root, files=files, tensors=tensors, is_indexed=True)
     raise _no_weights(root)
+
+
+def _check_readable(root: Path) -> None:
+    if problem := folder_problem(root):
+        raise BrokenCheckpoint(
+            f"In the checkpoint's folder, {problem}",
+            why="A pipe or a device never ends, and a file of such a size is not what its name says; nothing was read.",
+            fix="Remove it, or download the checkpoint again.",
+        )
+    if problem := config_problem(root):
+        raise BrokenCheckpoint(
+            f"The checkpoint's {problem}",
+            why="Its model class would be built of more parts than memory holds; nothing was built.",
+            fix="Restore config.json from where the checkpoint comes from.",
+        )
 
 
 def read_weight_map(index: Path, *, suffix: str = ".safetensors") -> Mapping[str, str]:

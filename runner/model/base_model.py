@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from runner.adapter.folder import Adapter
+from runner.checkpoint.building import bounded_build
 from runner.checkpoint.conversion import Conversion, Group
 from runner.checkpoint.layout import Checkpoint
 from runner.checkpoint.names import StoredNames
@@ -72,7 +73,8 @@ def open_base(checkpoint: Checkpoint, adapter: Adapter, *, in_memory: bool) -> B
         AdapterMismatch: the task needs a head, and the adapter has none.
         UnsupportedAdapter: transformers has no class for the adapter's task.
     """
-    form = decide_form(checkpoint, adapter)
+    with bounded_build(checkpoint.root, models=8):
+        form = decide_form(checkpoint, adapter)
     model, checkpoint, adapter, names = form.model, form.checkpoint, form.adapter, form.names
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     conversion = Conversion(names, shapes, lambda: empty_model(type(model), model.config))

@@ -7,10 +7,8 @@ import warnings
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from runner.checkpoint.building import BUILD_ERRORS
 from runner.errors import BrokenCheckpoint
-
-# What transformers and torch say of a config that makes no sense.
-BUILD_ERRORS = (ValueError, OSError, TypeError, AttributeError, KeyError, ArithmeticError, RuntimeError, MemoryError)
 
 
 def empty_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:

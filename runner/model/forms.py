@@ -14,13 +14,14 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from runner.adapter.folder import Adapter
 from runner.adapter.names import name_adapter
+from runner.checkpoint.building import BUILD_ERRORS
 from runner.checkpoint.formats import check_plain
 from runner.checkpoint.layout import Checkpoint
 from runner.checkpoint.names import StoredNames, map_names
 from runner.checkpoint.view import view
 from runner.companions.files import read_config
 from runner.errors import UnsupportedCheckpoint
-from runner.model.empty import BUILD_ERRORS, empty_model, unbuildable
+from runner.model.empty import empty_model, unbuildable
 from runner.model.heads import HEADED, choose_class, find_labels
 from runner.model.vocabulary import resized_config
 

@@ -17,6 +17,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from runner.adapter.names import WRAPPERS
+from runner.checkpoint.building import bounded_build
 from runner.errors import BrokenCheckpoint, UnsupportedAdapter
 from runner.verify.models import LOAD_ERRORS, model_class, quiet, unbuildable
 from runner.verify.recipe import PREFIX, read_adapter_config, read_adapter_header
@@ -83,7 +84,7 @@ def build_empty(root: Path, wanted: Any, labels: int | None = None) -> PreTraine
         config = AutoConfig.from_pretrained(str(root), trust_remote_code=False)
         if labels is not None:
             config.num_labels = labels
-        with torch.device("meta"), quiet():
+        with bounded_build(root), torch.device("meta"), quiet():
             # An auto class finds the class by the config; `_from_config` is what every class has.
             make = wanted._from_config if hasattr(wanted, "_from_config") else wanted.from_config
             model: PreTrainedModel = make(config)
@@ -131,7 +132,7 @@ def read_task(base: Path, adapter: Path) -> Task:
 def _of_task(base: Path, auto: str) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(str(base), trust_remote_code=False)
-        with torch.device("meta"), quiet():
+        with bounded_build(base), torch.device("meta"), quiet():
             model: PreTrainedModel = getattr(transformers, auto).from_config(config)
     except LOAD_ERRORS as error:
         raise UnsupportedAdapter(

@@ -25,6 +25,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from runner.checkpoint.building import bounded_build
 from runner.checkpoint.conversion import Conversion
 from runner.checkpoint.layout import Checkpoint, read_checkpoint
 from runner.checkpoint.names import map_names
@@ -122,7 +123,7 @@ def load_folder(root: Path, wanted: Any = None, **options: Any) -> Loaded:
         wanted: the class to load it as; by default the one that its config.json names.
         options: for `from_pretrained`.
     """
-    with quiet():
+    with bounded_build(root, models=2), quiet():
         model, info = (wanted or model_class(root)).from_pretrained(
             str(root),
             dtype=torch.float32,

@@ -18,21 +18,12 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from runner.checkpoint.building import BUILD_ERRORS, bounded_build
 from runner.errors import BrokenCheckpoint
 from runner.syntax import parse_json
 
 # What transformers, safetensors and torch raise for a folder that they cannot load.
-LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    AssertionError,
-    SafetensorError,
-)
+LOAD_ERRORS = (*BUILD_ERRORS, EOFError, SafetensorError)
 
 
 # transformers puts an adapter that lies in a model's folder on the model without being asked; it looks for it here.
@@ -41,7 +32,7 @@ NO_ADAPTER = {"subfolder": "no-adapter-is-wanted"}
 
 def load_model(root: Path) -> PreTrainedModel:
     """Return the folder's model in memory, in float32, as plain transformers loads it; raises what that raises."""
-    with quiet():
+    with bounded_build(root), quiet():
         model: PreTrainedModel = model_class(root).from_pretrained(
             str(root),
             dtype=torch.float32,

@@ -106,4 +106,4 @@ def test_the_base_in_the_tasks_class_is_not_the_merge(right: tuple[Path, Path, P
     base, adapter, _ = right
     verdict = judge(base=base, adapter=adapter, merged=base, dtype="auto")
     assert verdict.status is Status.FAIL
-    assert {Layer.STRUCTURE, Layer.STORAGE, Layer.END_TO_END} <= {check.layer for check in verdict.failures}
+    assert {Layer.STRUCTURE, Layer.STORAGE} <= {check.layer for check in verdict.failures}

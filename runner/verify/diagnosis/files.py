@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from runner.checkpoint.layout import INDEX_FILE, Checkpoint, TensorInfo
+from runner.checkpoint.readable import folder_problem
 from runner.verify.case import Case
 from runner.verify.files import find_files
 from runner.verify.names import Kind
@@ -23,7 +24,7 @@ CAUSES = {
 
 def read_unreadable(folder: Path, problem: str) -> Diagnosis:
     """Return why a folder has no readable checkpoint; `problem` is what reading it said."""
-    index = read_json(folder / INDEX_FILE) or {}
+    index = ({} if folder_problem(folder) else read_json(folder / INDEX_FILE)) or {}
     names = index.get("weight_map") if isinstance(index.get("weight_map"), dict) else {}
     lost = sorted({str(file) for file in (names or {}).values() if not (folder / str(file)).is_file()})
     of_lost = [name for name, file in (names or {}).items() if file in lost]
