@@ -87,7 +87,7 @@ def _generate(model: Any, *, questions: Questions, tokens: int, device: str) -> 
     )
     whole = model.generate(ids, attention_mask=mask, generation_config=config)
     start = 1 if has_decoder(model) else width  # an encoder-decoder writes a text of its own, after a start mark
-    return [questions.text(row) for row in torch.as_tensor(whole)[:, start:].cpu()]
+    return questions.texts(list(torch.as_tensor(whole)[:, start:].cpu()))
 
 
 def _left_out(why: str) -> Check:

@@ -142,18 +142,26 @@ def judge_merge(  # noqa: PLR0913 (all by name)
     checkpoint = in_the_base_names(checkpoint, case.targets, case.blueprint)
     findings = _Findings(checks=[Check(layer=Layer.STRUCTURE, name=READABLE, outcome=Outcome.PASS)])
     _judge_files(findings, case, checkpoint, right, say)
-    if end_to_end:
+    broken = _failed(findings, Layer.STRUCTURE)
+    if end_to_end and broken is None:
         _judge_models(
             findings, case, checkpoint, prompts=prompts, evaluation=evaluation or Evaluation(), device=device, say=say
         )
     else:
-        findings.checks.append(skipped(Layer.END_TO_END, "it was not asked for"))
+        reason = f"the structure failed ({broken.name}), so nothing of the folder was loaded" if broken else ""
+        findings.checks.append(skipped(Layer.END_TO_END, reason or "it was not asked for"))
     limits = limits or Limits()
     findings.checks = loosen(findings.checks, limits) + quality_checks(findings.quality, limits)
     if findings.storage is not None:
         findings.diagnoses = diagnose(case, checkpoint, findings.storage, findings.checks)
     say("judged", 1.0)
     return _verdict(findings, case.seed, start)
+
+
+def _failed(findings: _Findings, layer: Layer) -> Check | None:
+    """Return the first check of a layer that failed, or None."""
+    failed = (check for check in findings.checks if check.layer is layer and check.outcome is Outcome.FAIL)
+    return next(failed, None)
 
 
 def _verdict(findings: _Findings, seed: int, start: float) -> Verdict:
@@ -268,6 +276,16 @@ def _judge_models(
             say=say,
         )
         findings.checks.extend(extra)
+    questions.words.close()
+    if questions.words.problem:
+        findings.checks.append(
+            Check(
+                layer=Layer.QUALITY,
+                name="the tokenizer was run",
+                outcome=Outcome.WARN,
+                detail=f"Where a prompt is missing, {questions.words.problem}.",
+            )
+        )
     if questions.skipped:
         detail = f"{len(questions.skipped)} of your prompts could not be used, the first: {questions.skipped[0]!r}."
         findings.checks.append(

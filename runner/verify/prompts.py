@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from runner.syntax import parse_json
-from runner.verify.models import LOAD_ERRORS, quiet
+from runner.verify.words import Words
 
 TEXTS = (
     "The keeper of the lighthouse wrote down the weather every morning, even on the day the war ended.",
@@ -76,14 +75,14 @@ class Questions:
     Attributes:
         sequences: at least one.
         continued: those to be continued for the human reader.
-        tokenizer: to read the answers with, or None.
+        words: to read the answers with.
         skipped: user prompts that could not be used, with the reason.
         is_cut: whether the user's text was longer than what is run.
     """
 
     sequences: tuple[TokenSequence, ...]
     continued: tuple[TokenSequence, ...]
-    tokenizer: Any
+    words: Words
     skipped: tuple[str, ...]
     is_cut: bool = False
 
@@ -92,11 +91,10 @@ class Questions:
         """The sequences on which the models are compared; they come first."""
         return tuple(sequence for sequence in self.sequences if sequence.purpose is Purpose.COMPARISON)
 
-    def text(self, ids: torch.Tensor) -> str:
-        """Return generated ids as text."""
-        if self.tokenizer is None:
-            return " ".join(str(int(i)) for i in ids)
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+    def texts(self, rows: Sequence[torch.Tensor]) -> list[str]:
+        """Return rows of generated ids as texts; the ids themselves where there is no tokenizer for them."""
+        texts = self.words.decode([row.tolist() for row in rows]) if self.words.is_there else None
+        return texts or [" ".join(str(int(i)) for i in row) for row in rows]
 
 
 def make_questions(
@@ -112,68 +110,64 @@ def make_questions(
         seed: of the random ids.
         eval_text: the user's, whose perplexity is wanted; "" for none.
     """
-    tokenizer = _tokenizer(folder)
+    words = Words(folder)
     length = max(2, min(MAX_TOKENS, max_tokens))
     own: list[TokenSequence] = []
     skipped: list[str] = []
     for prompt in prompts:
-        made = _sequence(tokenizer, prompt, rows, length)
+        made = _sequence(words, prompt, rows, length)
         if made is None:
             skipped.append(prompt[:60])
         else:
             own.append(made)
-    built_in = [*CHATS, *TEXTS] if tokenizer is not None and tokenizer.chat_template else list(TEXTS)
-    ours = [made for text in built_in if (made := _sequence(tokenizer, text, rows, length)) is not None]
-    noise = [*_added(tokenizer, rows, length, seed), *_random(rows, min(length, RANDOM_LENGTH), seed)]
+    built_in = [*CHATS, *TEXTS] if words.has_template else list(TEXTS)
+    ours = [made for text in built_in if (made := _sequence(words, text, rows, length)) is not None]
+    noise = [*_added(words, rows, length, seed), *_random(rows, min(length, RANDOM_LENGTH), seed)]
     texts = own + ours
-    windows, is_cut = _windows(tokenizer, eval_text, rows, max(2, min(EVAL_WINDOW, max_tokens)))
+    windows, is_cut = _windows(words, eval_text, rows, max(2, min(EVAL_WINDOW, max_tokens)))
     return Questions(
         sequences=(*texts, *noise, *windows),
         continued=tuple((texts or noise)[:CONTINUED]),
-        tokenizer=tokenizer,
+        words=words,
         skipped=tuple(skipped),
         is_cut=is_cut,
     )
 
 
-def _sequence(tokenizer: Any, prompt: Any, rows: int, length: int) -> TokenSequence | None:
+def _sequence(words: Words, prompt: Any, rows: int, length: int) -> TokenSequence | None:
     """Return the prompt's ids, or None where the tokenizer or the embedding has no room for it."""
-    if tokenizer is None:
+    if not words.is_there:
         return None
     chat = _messages(prompt)
-    try:
-        if chat is not None and tokenizer.chat_template:
-            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            text = "\n".join(str(turn["content"]) for turn in chat) if chat is not None else prompt
-            ids = tokenizer(text)["input_ids"]
-    except (*LOAD_ERRORS, _template_error()):
+    if chat is not None and words.has_template:
+        found = words.chat(chat, length)
+    else:
+        text = "\n".join(str(turn["content"]) for turn in chat) if chat is not None else prompt
+        found = words.encode(text, length)
+    if found is None:
         return None
-    if len(ids) < 2 or max(ids) >= rows:
+    ids, count, highest = found
+    if count < 2 or highest >= rows:
         return None
     label = str(chat[-1]["content"]) if chat is not None else str(prompt)
-    return TokenSequence(label=label, ids=torch.tensor(ids[:length]), is_text=True)
+    return TokenSequence(label=label, ids=torch.tensor(ids), is_text=True)
 
 
-def _windows(tokenizer: Any, text: str, rows: int, length: int) -> tuple[list[TokenSequence], bool]:
+def _windows(words: Words, text: str, rows: int, length: int) -> tuple[list[TokenSequence], bool]:
     """Return a text in windows of at most `length` tokens, and whether it was longer than what is run."""
-    if tokenizer is None or not text:
+    found = words.encode(text, EVAL_TOKENS) if words.is_there and text else None
+    if found is None:
         return [], False
-    try:
-        with quiet():  # it warns that the text is longer than the model takes
-            ids = tokenizer(text)["input_ids"]
-    except LOAD_ERRORS:
+    ids, count, highest = found
+    if not 0 <= highest < rows:
         return [], False
-    if max(ids, default=rows) >= rows:
-        return [], False
-    parts = [ids[start : start + length] for start in range(0, min(len(ids), EVAL_TOKENS), length)]
+    parts = [ids[start : start + length] for start in range(0, len(ids), length)]
     windows = [
         TokenSequence(label="your text", ids=torch.tensor(part), is_text=True, purpose=Purpose.EVALUATION)
         for part in parts
         if len(part) > 1
     ]
-    return windows, len(ids) > EVAL_TOKENS
+    return windows, count > EVAL_TOKENS
 
 
 def _messages(prompt: Any) -> list[dict[str, Any]] | None:
@@ -195,34 +189,16 @@ def _random(rows: int, length: int, seed: int) -> Iterator[TokenSequence]:
         yield TokenSequence(label=f"random ids {number + 1}", ids=ids, is_text=False)
 
 
-def _added(tokenizer: Any, rows: int, length: int, seed: int) -> Iterator[TokenSequence]:
+def _added(words: Words, rows: int, length: int, seed: int) -> Iterator[TokenSequence]:
     """Yield every token that was added to the vocabulary, those with the highest ids where they are too many.
 
     They come after random ids: at the start of a text, float32 rounding grows ten times as large in a row of special
     tokens (2.4e-5 on SmolLM2) as anywhere else.
     """
-    if tokenizer is None:
-        return
-    ids = sorted({int(number) for number in tokenizer.get_added_vocab().values() if 0 <= number < rows})[-MAX_ADDED:]
+    ids = sorted({number for number in words.added if 0 <= number < rows})[-MAX_ADDED:]
     before = min(RANDOM_LENGTH, length // 2)
     generator = torch.Generator().manual_seed(seed + 1)
     for number, start in enumerate(range(0, len(ids), length - before)):
         part = torch.tensor(ids[start : start + length - before])
         start_ids = torch.randint(rows, (before,), generator=generator)
         yield TokenSequence(label=f"added tokens {number + 1}", ids=torch.cat([start_ids, part]), is_text=False)
-
-
-def _tokenizer(folder: Path) -> Any:
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        return None
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except LOAD_ERRORS:
-        return None
-
-
-def _template_error() -> type[Exception]:
-    from jinja2 import TemplateError
-
-    return TemplateError

@@ -80,7 +80,7 @@ def test_asks_texts_chats_and_random_ids_and_the_users_prompts_first(tmp_path: P
     assert labels[:2] == ["Plain.", "Who goes there?"]
     assert len(labels) == 2 + len(TEXTS) + len(CHATS) + 1 + 4
     assert labels[-5:] == ["added tokens 1", *(f"random ids {number}" for number in (1, 2, 3, 4))]
-    chats = questions.text(questions.sequences[1].ids)
+    chats = questions.texts([questions.sequences[1].ids])[0]
     assert chats == "<|user|>Who goes there?\n<|assistant|>"
     assert all(2 <= len(sequence.ids) <= 128 for sequence in questions.sequences)
     assert questions.skipped == ()
@@ -99,7 +99,7 @@ def test_without_a_tokenizer_only_random_ids_are_asked_and_the_users_prompts_are
     assert [len(sequence.ids) for sequence in questions.sequences] == [10] * 4
     assert max(int(sequence.ids.max()) for sequence in questions.sequences) < 3
     assert questions.skipped == ("Hello",)
-    assert questions.text(questions.sequences[0].ids[:2]).split() == [
+    assert questions.texts([questions.sequences[0].ids[:2]])[0].split() == [
         str(int(i)) for i in questions.sequences[0].ids[:2]
     ]
 
