@@ -73,7 +73,7 @@ def open_base(checkpoint: Checkpoint, adapter: Adapter, *, in_memory: bool) -> B
         AdapterMismatch: the task needs a head, and the adapter has none.
         UnsupportedAdapter: transformers has no class for the adapter's task.
     """
-    with bounded_build(checkpoint.root, models=8):
+    with bounded_build(checkpoint.root, models=16):
         form = decide_form(checkpoint, adapter)
     model, checkpoint, adapter, names = form.model, form.checkpoint, form.adapter, form.names
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
