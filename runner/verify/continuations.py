@@ -32,7 +32,8 @@ def continue_texts(models: Models, questions: Questions) -> tuple[tuple[Continua
     try:
         return _continued(models, questions)
     except LOAD_ERRORS as error:
-        return (), (_left_out(f"transformers cannot continue a text with this model: {first_line(error)}."),)
+        said = first_line(error).rstrip(" .")
+        return (), (_left_out(f"No text was continued, which is no fault of the merge: transformers says {said!r}."),)
 
 
 def _continued(models: Models, questions: Questions) -> tuple[tuple[Continuation, ...], tuple[Check, ...]]:
@@ -83,11 +84,25 @@ def _generate(model: Any, *, questions: Questions, tokens: int, device: str) -> 
     ends = getattr(model.generation_config, "eos_token_id", None)
     pad = ends[0] if isinstance(ends, list) else ends
     config = GenerationConfig(
-        max_new_tokens=tokens, do_sample=False, eos_token_id=ends, pad_token_id=0 if pad is None else pad
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=0 if pad is None else pad,
+        decoder_start_token_id=_start(model),
     )
     whole = model.generate(ids, attention_mask=mask, generation_config=config)
     start = 1 if has_decoder(model) else width  # an encoder-decoder writes a text of its own, after a start mark
     return questions.texts(list(torch.as_tensor(whole)[:, start:].cpu()))
+
+
+def _start(model: Any) -> int | None:
+    """Return the start mark of a decoder: what its configs say, else the pad, which T5 and its kin are trained with."""
+    if not has_decoder(model):
+        return None
+    holders = (model.generation_config, model.config)
+    names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+    found = (getattr(holder, name, None) for name in names for holder in holders)
+    return next((mark for mark in found if isinstance(mark, int)), 0)
 
 
 def _left_out(why: str) -> Check:

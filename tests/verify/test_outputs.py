@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 from transformers import T5Config, T5ForConditionalGeneration
 
-from runner.verify import outputs
+from runner.verify import continuations, outputs
 from runner.verify.case import Case
 from runner.verify.forward import Errors, outputs_of
 from runner.verify.judge import judge
@@ -261,3 +261,18 @@ def test_a_model_that_reads_one_text_and_writes_another_has_no_loss_on_the_one(o
     assert found.quality is not None
     assert found.quality.kl_mean_nats is not None
     assert (found.quality.nll_base_nats, found.quality.nll_merged_nats) == (None, None)
+
+
+@pytest.mark.parametrize("mark", [None, 5])
+def test_a_text_is_continued_where_no_config_says_what_a_decoder_starts_with(mark: int | None, tmp_path: Path) -> None:
+    config = T5Config(
+        vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4, bos_token_id=None, pad_token_id=None,
+        decoder_start_token_id=mark,
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(config).eval()
+    questions = make_questions(tmp_path, rows=64, max_tokens=12, prompts=(), seed=0)
+
+    texts = continuations._generate(model, questions=questions, tokens=4, device="cpu")
+
+    assert len(texts) == len(questions.continued) > 0
+    assert all(text.split() for text in texts)
