@@ -142,5 +142,6 @@ def _broken(pair: Pair, reason: str) -> BrokenAdapter:
     return BrokenAdapter(
         f"{pair.name!r} is {list(pair.a)} and its partner {list(pair.b)}: {reason}.",
         why="The adapter was trained on another base, or by a tool with a layout of its own.",
-        fix="Set `base-model` to the model that the adapter was trained on.",
+        fix="Set `base-model` to the model that the adapter was trained on; if it is that already, save the adapter "
+        "again with PEFT.",
     )

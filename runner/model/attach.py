@@ -226,8 +226,9 @@ def _wrap(
             ) from error
         raise AdapterMismatch(
             f"PEFT cannot put the adapter on {type(model).__name__}: {first_line(error)}",
-            why=f"The adapter says that it was trained on {adapter.base_model!r}.",
-            fix="Set `base-model` to the model that the adapter was trained on.",
+            why=f"Its config is not for this model; {_said(adapter)}.",
+            fix="Set `base-model` to the model that the adapter was trained on; if it is that already, set "
+            "`base-revision` to the commit of the training, or save the adapter again.",
         ) from error
     return wrapped.eval()
 
@@ -303,22 +304,27 @@ def _must_be_in_file(key: str, adapter: Adapter, name: str) -> bool:
     return bool(prefix) and prefix in key and name in key.split(".") and not is_shared
 
 
+def _said(adapter: Adapter) -> str:
+    """Return what the adapter says of its base, to end a sentence."""
+    return f"the adapter names {adapter.base_model[:120]!r} as its base" if adapter.base_model else "it names no base"
+
+
 def _unplaced(keys: list[str], adapter: Adapter) -> AdapterMismatch:
     return AdapterMismatch(
         f"Nothing in the base takes the adapter tensor {keys[0]!r}"
         + (f" (nor {len(keys) - 1} more)." if keys[1:] else "."),
-        why=f"The adapter says that it was trained on {adapter.base_model!r}; PEFT would drop the tensor silently.",
-        fix="Set `base-model` to the model that the adapter was trained on. If it is this one, the installed PEFT has "
-        "no place for the tensor in it: release the adapter unmerged.",
+        why=f"PEFT would drop the tensor silently; {_said(adapter)}.",
+        fix="Set `base-model` to the model that the adapter was trained on; if it is that already, the installed PEFT "
+        "has no place for the tensor in it: release the adapter unmerged.",
     )
 
 
 def _missing(key: str, adapter: Adapter) -> AdapterMismatch:
     return AdapterMismatch(
         f"The adapter has no tensor for {key!r}.",
-        why=f"{CONFIG_FILE} asks for it in this base; PEFT would leave it random or zero. "
-        f"The adapter says that it was trained on {adapter.base_model!r}.",
-        fix="Set `base-model` to the model that the adapter was trained on, or save the adapter again as a whole.",
+        why=f"{CONFIG_FILE} asks for it in this base; PEFT would leave it random or zero; {_said(adapter)}.",
+        fix="Set `base-model` to the model that the adapter was trained on; if it is that already, save the adapter "
+        "again as a whole.",
     )
 
 
@@ -326,6 +332,7 @@ def _wrong_shape(error: Exception, adapter: Adapter) -> AdapterMismatch:
     lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
     return AdapterMismatch(
         f"The adapter does not fit the base: {lines[0] if lines else first_line(error)}",
-        why=f"The adapter says that it was trained on {adapter.base_model!r}; shapes differ from this base's.",
-        fix="Set `base-model` (and `base-revision`) to the model that the adapter was trained on.",
+        why=f"Its shapes differ from this base's; {_said(adapter)}.",
+        fix="Set `base-model` to the model that the adapter was trained on; if it is that already, set "
+        "`base-revision` to the commit of the training, or save the adapter again.",
     )

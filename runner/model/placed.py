@@ -67,7 +67,8 @@ def check_copies(peft_model: PeftModel, tensors: Mapping[str, torch.Tensor], own
             raise AdapterMismatch(
                 f"The adapter tensor {key!r} is a copy of its base's weight, and this base has other values there.",
                 why="The adapter was trained on another base, or on this one after its embeddings were changed.",
-                fix="Set `base-model` (and `base-revision`) to the very model that the adapter was trained on.",
+                fix="Set `base-model` to the very model that the adapter was trained on; if it is that already, set "
+                "`base-revision` to the commit of the training.",
             )
 
 

@@ -171,5 +171,6 @@ def _misfit(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> A
     return AdapterMismatch(
         what,
         why="The adapter was trained on another base, or was not saved as a whole.",
-        fix="Set `base-model` to the model that the adapter was trained on, in 16 bits, or save the adapter again.",
+        fix="Set `base-model` to the model that the adapter was trained on, in 16 bits; if it is that already, save "
+        "the adapter again.",
     )

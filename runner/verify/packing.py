@@ -93,7 +93,8 @@ def _units(model: PreTrainedModel, adapter: Path) -> dict[str, nn.Module]:
         raise AdapterMismatch(
             f"PEFT cannot put the adapter on the base: {first_line(error)}",
             why="Its config names parameters that this base does not have.",
-            fix="Set `base-model` to the model that the adapter was trained on.",
+            fix="Set `base-model` to the model that the adapter was trained on; if it is that already, set "
+            "`base-revision` to the commit of the training, or save the adapter again.",
         ) from error
 
 

@@ -56,7 +56,8 @@ def _check_placed(weights: Mapping[str, torch.Tensor], placed: Mapping[str, torc
             raise AdapterMismatch(
                 f"PEFT does not hold the adapter tensor {name!r} as it is stored.",
                 why="Nothing in the base takes it, or PEFT changed it.",
-                fix="Set `base-model` to the model that the adapters were trained on.",
+                fix="Set `base-model` to the model that the adapters were trained on; if it is that already, merge "
+                "them one by one.",
             )
 
 
@@ -132,5 +133,6 @@ def _refused(what: str, error: BaseException) -> AdapterMismatch:
     return AdapterMismatch(
         f"PEFT cannot {what}: {first_line(error)}",
         why="The adapters were trained on another base, or cannot be combined in this way.",
-        fix="Set `base-model` to the model that the adapters were trained on, or another `combination`.",
+        fix="Set `base-model` to the model that the adapters were trained on; if it is that already, set another "
+        "`combination`.",
     )

@@ -117,7 +117,7 @@ def read_rows(root: Path, tensor: TensorInfo, start: int, stop: int) -> torch.Te
         raise UnsupportedCheckpoint(
             f"{tensor.name!r} is stored as {tensor.dtype}.",
             why="The judge compares values of plain float and integer tensors only.",
-            fix="Use a base that is not quantised.",
+            fix="Use a base in bfloat16, float16 or float32.",
         )
     shape = (stop - start, *tensor.shape[1:])
     data = read_bytes(root, tensor, start, stop)

@@ -173,7 +173,8 @@ def load_unmerged(base: Loaded, adapter: Path, redundant: Sequence[str]) -> Unme
         raise AdapterMismatch(
             f"PEFT cannot put the adapter on the base: {first_line(error)}",
             why="Its tensors have other names or shapes than this base's, or its config is not that of its tensors.",
-            fix="Set `base-model` to the model that the adapter was trained on.",
+            fix="Set `base-model` to the model that the adapter was trained on; if it is that already, set "
+            "`base-revision` to the commit of the training, or save the adapter again.",
         ) from error
     model.eval().requires_grad_(False)
     unexpected = {key.replace(".default.", ".").removesuffix(".default") for key in result.unexpected_keys}

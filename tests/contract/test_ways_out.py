@@ -351,3 +351,34 @@ def test_a_quantised_base_is_replaced_by_the_plain_one_as_told(pair: tuple[Path,
     assert "Set `base-model` to the 16-bit model" in _refusal(packed, adapter).problem.fix
 
     run_merge(base, adapter, tmp_path / "merged")
+
+
+def test_no_way_out_ends_at_the_base_that_is_given_already() -> None:
+    told = [text for name, text in texts() if re.search(r"to the (?:very )?model that the adapters? w", text)]
+
+    assert len(told) >= 8
+    for text in told:
+        asks_for_one = text.startswith("Set `base-model` to the model that the adapter was trained on" + GAP)
+        assert asks_for_one or "if it is that already" in text, text
+
+
+def _misfits(adapter: Path, name: str | None) -> None:
+    """Give the adapter a rank that its tensors do not have, and a base to name."""
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"r": 3, "base_model_name_or_path": name}))
+
+
+@pytest.mark.parametrize(
+    "name, said", [("acme/base", "the adapter names 'acme/base' as its base"), (None, "it names no base")]
+)
+def test_a_misfit_shows_what_the_adapter_names_and_both_ways_on(
+    name: str | None, said: str, pair: tuple[Path, Path]
+) -> None:
+    base, adapter = pair
+    _misfits(adapter, name)
+
+    problem = _refusal(base, adapter).problem
+
+    assert said in problem.why
+    assert "if it is that already, set `base-revision`" in problem.fix
