@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runner.checkpoint.digests import MergedCheckpoint, digest_folder, digest_of
+from runner.companions.archive import FOLDER as ARCHIVE
 from runner.companions.archive import archive
 from runner.companions.files import FileOrigins
 from runner.console.lines import merged_lines, plan_lines, traffic_line, verdict_lines
@@ -96,7 +97,9 @@ class Story:
             if self.inputs.device != "cuda":
                 self._check_device(worker)
             if merged is not None:
-                self.record.merged_digest = digest_of(released(digest_folder(merged)))
+                self.record.merged_digest = digest_of(
+                    released(file for file in digest_folder(merged) if not file.path.startswith(ARCHIVE))
+                )
             worker.give(
                 worker_job(
                     self.inputs, self.environ, resolved, base=base, merged=merged or self.work.merged, cache=cache

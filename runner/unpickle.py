@@ -23,7 +23,8 @@ import torch
 from runner.checkpoint.layout import INDEX_FILE, build_header
 from runner.checkpoint.pickled import PICKLED_INDEX, converted_name, pickled_files, pickled_weights
 from runner.checkpoint.reader import TORCH_DTYPES, tensor_bytes
-from runner.companions.names import WEIGHT_SUFFIXES
+from runner.companions.folders import module_folders
+from runner.companions.names import is_own, is_pickle, is_weights, lone_pickles
 from runner.errors import BrokenCheckpoint, RunnerError, UnsupportedCheckpoint
 from runner.events import Failed, encode
 from runner.syntax import parse_json
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
 
 
 def unpickle(source: Path, target: Path) -> None:
-    """Write the folder `target`: weights as safetensors, and copies of the other files of `source` but other formats.
+    """Write the folder `target`: weights as safetensors, and copies of the other files of `source` but weights.
 
     Raises:
         UnsupportedCheckpoint: a pickle holds more than tensors.
@@ -67,10 +68,19 @@ def unpickle(source: Path, target: Path) -> None:
         del tensors
     if weights == PICKLED_INDEX:
         _write_index(source, target, where, total)
+    _copy_rest(source, target, [name for name in names if name not in (*files, weights)])
+
+
+def _copy_rest(source: Path, target: Path, names: list[str]) -> None:
+    """Copy what is no weights, and those of modules; what else there is stays visible by its name, as an empty file."""
+    modules = module_folders(source)
+    lone = lone_pickles(names, modules)
     for name in names:
-        if name.endswith(".safetensors") or not name.endswith((*WEIGHT_SUFFIXES, ".index.json")):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if not is_weights(name) or is_own(name) or (name.startswith(modules) and (not is_pickle(name) or name in lone)):
             shutil.copyfile(source / name, target / name)
+        elif name != INDEX_FILE:
+            (target / name).touch()
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

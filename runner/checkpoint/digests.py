@@ -81,7 +81,7 @@ def digest_file(root: Path, path: str) -> FileDigest:
 
 
 def digest_folder(root: Path) -> tuple[FileDigest, ...]:
-    """Return the digests of every regular file under `root`, sorted by path; `.cache` and `.git` are left out.
+    """Return the digests of every regular file under `root`, sorted by path; hidden ones are left out.
 
     Raises:
         BrokenCheckpoint: a file has a name that cannot be written in one line.
@@ -89,7 +89,7 @@ def digest_folder(root: Path) -> tuple[FileDigest, ...]:
     paths = sorted(
         path.relative_to(root).as_posix()
         for path in root.rglob("*")
-        if path.is_file() and not {".cache", ".git"} & set(path.relative_to(root).parts)
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
     )
     return tuple(digest_file(root, plain_name(path)) for path in paths)
 

@@ -1,20 +1,31 @@
 """Which files of a repository a snapshot holds. Pure: names in, names out.
 
-Never taken: pickled weights (unless the user allows them and there are no others), other formats (GGUF, ONNX …),
-duplicates (`original/`, `consolidated*`), checkpoints of the training. Python files of a base are taken, because a
-model that needs them is useless without; none is ever run.
+Of a base all are taken but other weights than those that are merged: pickles (unless the user allows them and there are
+no others), other formats (GGUF, ONNX …), duplicates (`original/`, `consolidated*`), checkpoints of the training. Of an
+adapter what a release may need, of a merged model all but weights that are not the model's. What is not taken is seen
+by name (`seen_only`). Python files are taken, because a model that needs them is useless without; none is ever run.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Literal
 
 from runner.checkpoint.absent import OPT_IN, no_weights
 from runner.checkpoint.joined import ADAPTER_INDEX
 from runner.checkpoint.layout import INDEX_FILE, SINGLE_FILE
-from runner.checkpoint.pickled import PICKLED_ADAPTER, PICKLED_INDEX, pickled_weights
+from runner.checkpoint.pickled import PICKLED_ADAPTER, pickled_weights
+from runner.companions.names import (
+    CARD,
+    comes_along,
+    is_hidden,
+    is_own,
+    is_pickle,
+    is_weights,
+    lone_pickles,
+    may_come_from_adapter,
+)
 from runner.errors import BrokenAdapter, BrokenCheckpoint, UnsupportedAdapter
 
 Kind = Literal["adapter", "base", "merged"]
@@ -22,12 +33,7 @@ Kind = Literal["adapter", "base", "merged"]
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-_TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")
-_NOTICES = ("license", "licence", "notice", "use_policy", "copying")
-_NOTICE_SUFFIXES = ("", "txt", "md", "pdf", "rst", "html")
-_TEMPLATES = "additional_chat_templates/"
-# The folders of sentence-transformers' modules, which are as much the model as its body.
-_MODULE_FILE = re.compile(r"\d+_[A-Za-z]+/[^/]+\.(?:json|txt|model|safetensors)")
+_ARCHIVE = "adapter/"  # of a release that keeps its adapter
 
 
 def weights_or_index(paths: Iterable[str], *, named: str, pickles: bool = False) -> str:
@@ -103,30 +109,43 @@ def subfolders(paths: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(found, key=lambda path: (int("0" + re.sub(r"\D", "", path)), path)))
 
 
-def companions(paths: Iterable[str], kind: Kind) -> tuple[str, ...]:
+def companions(
+    paths: Collection[str], kind: Kind, modules: tuple[str, ...] = (), *, pickles: bool = False
+) -> tuple[str, ...]:
     """Return what is taken beside a base's weights, or for an adapter everything, sorted.
 
     Args:
         paths: every file of the repository.
         kind: what the repository is used as.
+        modules: the folders of sentence-transformers' modules, each with a slash at the end.
+        pickles: whether pickled weights of those modules are taken where there are no others.
     """
-    return tuple(sorted(path for path in paths if _is_taken(path, kind)))
+    lone = lone_pickles(paths, modules) if pickles else ()
+    return tuple(sorted(path for path in paths if is_inside(path) and _is_taken(path, kind, modules, lone)))
 
 
-def _is_taken(path: str, kind: Kind) -> bool:
-    if path.startswith(_TEMPLATES):
-        return path.endswith(".jinja") and path.count("/") == 1
-    if kind != "adapter" and _MODULE_FILE.fullmatch(path):
-        return True
-    is_foreign = kind != "adapter" and path == ADAPTER_CONFIG  # an adapter that lies beside the model
-    if "/" in path or path.startswith(".") or is_foreign or path in (INDEX_FILE, PICKLED_INDEX):
-        return False
-    lower = path.lower()
-    if kind == "adapter" and path.endswith(".safetensors"):
-        return path.startswith("adapter")  # some repositories keep a merged model beside the adapter
-    if lower.endswith(".index.json") or lower.startswith("consolidated"):
-        return False
-    stem, _, suffix = lower.partition(".")
-    is_notice = stem.startswith(_NOTICES) and suffix in _NOTICE_SUFFIXES
-    is_code = path.endswith(".py") and kind != "adapter"
-    return is_notice or is_code or path == "README.md" or path.endswith(_TEXT_SUFFIXES)
+def seen_only(paths: Iterable[str], kind: Kind, taken: Collection[str]) -> tuple[str, ...]:
+    """Return the files that are not downloaded, and must be seen by name nevertheless: to be told, refused or judged.
+
+    Args:
+        paths: every file of the repository.
+        kind: what the repository is used as.
+        taken: what is downloaded.
+    """
+    others = (path for path in paths if path not in taken and is_inside(path))
+    return tuple(sorted(path for path in others if kind == "merged" or not is_hidden(path)))
+
+
+def is_inside(path: str) -> bool:
+    """Return whether a path that a server lists stays in the folder that it is put under."""
+    return not any(part in ("", ".", "..") for part in path.split("/")) and "\0" not in path
+
+
+def _is_taken(path: str, kind: Kind, modules: tuple[str, ...], lone: Collection[str]) -> bool:
+    if path.startswith(modules):
+        return not is_hidden(path) and (not is_pickle(path) or path in lone)
+    if kind == "adapter":
+        return is_own(path) or path == CARD or may_come_from_adapter(path)
+    if kind == "base":
+        return path == CARD or comes_along(path, modules, lone)
+    return not is_weights(path) or (path.startswith(_ARCHIVE) and not is_pickle(path))

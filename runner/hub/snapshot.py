@@ -23,10 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from runner.checkpoint.layout import read_weight_map
 from runner.checkpoint.pickled import PICKLED_INDEX
+from runner.companions.files import MAX_COMPANION_BYTES, check_size
+from runner.companions.folders import module_folders
+from runner.companions.names import MODULES, is_weights
 from runner.errors import BrokenCheckpoint, HubError, NotEnoughDisk
 from runner.hub.counting import Meter, OnDownload
 from runner.hub.outline import write_stand_in
-from runner.hub.select import Kind, check_adapter, companions, weights_or_index
+from runner.hub.select import Kind, check_adapter, companions, seen_only, weights_or_index
 from runner.hub.transport import Caller
 from runner.inputs.reference import RepoRef
 from runner.syntax import parse_json
@@ -127,7 +130,7 @@ class Download:
         view = self._cache / "views" / self._repo_id.replace("/", "--") / f"{self._commit}-{kind}"
         with _alone(view.with_name(f"{view.name}.lock")):  # another job may share the cache
             self._check(wanted, view.with_name(f"{view.name}.json"))
-            self._link(wanted, view)
+            self._link(wanted, view, seen_only(tree, kind, wanted))
         return view
 
     def missing_bytes(self, wanted: Tree) -> int:
@@ -148,7 +151,7 @@ class Download:
         texts = {path: tree[path] for path in paths if path not in weights}
         view = self._cache / "views" / self._repo_id.replace("/", "--") / f"{self._commit}-outline"
         self._download(tuple(texts))
-        self._link(texts, view)
+        self._link(texts, view, seen_only(tree, "base", paths))
         for path in weights:
             write_stand_in(view / path, self._header(path), tree[path].size_bytes)
         return view
@@ -164,7 +167,7 @@ class Download:
     def _select(self, tree: Tree, kind: Kind) -> tuple[str, ...]:
         if kind == "adapter":
             weights = check_adapter(tree, named=self._named, pickles=self._pickles)
-            return tuple(sorted({weights, *companions(tree, kind)}))
+            return tuple(sorted({weights, *self._companions(tree, kind)}))
         weights = weights_or_index(tree, named=self._named, pickles=self._pickles and kind == "base")
         names = {weights}
         if weights.endswith(".json"):
@@ -177,7 +180,16 @@ class Download:
                 why=f"{weights} names {len(names) - 1} shards, and {len(missing)} are missing.",
                 fix="Use another revision of the base, or tell its owner.",
             )
-        return tuple(sorted(names | set(companions(tree, kind))))
+        return tuple(sorted(names | set(self._companions(tree, kind))))
+
+    def _companions(self, tree: Tree, kind: Kind) -> tuple[str, ...]:
+        modules = module_folders(self._download((MODULES,))) if MODULES in tree else ()
+        paths = companions(tree, kind, modules, pickles=self._pickles or kind == "merged")
+        if kind == "merged":  # what is too large to be right is judged by its name
+            return tuple(path for path in paths if is_weights(path) or tree[path].size_bytes <= MAX_COMPANION_BYTES)
+        for path in paths:
+            check_size(path, tree[path].size_bytes)
+        return paths
 
     def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self._cache).free
@@ -235,8 +247,9 @@ class Download:
     def _stored(self, path: str) -> Path:
         return self._cache / f"models--{self._repo_id.replace('/', '--')}" / "snapshots" / self._commit / path
 
-    def _link(self, wanted: Tree, view: Path) -> None:
-        if {path.relative_to(view).as_posix() for path in view.rglob("*") if path.is_file()} == set(wanted):
+    def _link(self, wanted: Tree, view: Path, seen: tuple[str, ...]) -> None:
+        """Make the folder of links; what is only `seen` is there as an empty file."""
+        if {path.relative_to(view).as_posix() for path in view.rglob("*") if path.is_file()} == {*wanted, *seen}:
             return
         view.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(view, ignore_errors=True)
@@ -246,6 +259,9 @@ class Download:
                 link = made / path
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(os.path.relpath(self._stored(path), (view / path).parent))
+            for path in seen:
+                (made / path).parent.mkdir(parents=True, exist_ok=True)
+                (made / path).touch()
             made.rename(view)
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from runner.companions import files as companion_files
+from runner.companions.leftovers import check_leftovers
+from runner.companions.names import is_weights
 from runner.errors import (
     AccessDenied,
     BrokenAdapter,
@@ -44,7 +47,12 @@ def base_files() -> dict[str, str | bytes]:
         "chat_template.jinja": "{{ x }}",
         "additional_chat_templates/tool.jinja": "{{ y }}",
         "modeling_custom.py": "raise SystemExit",
-        "modules.json": "[]",
+        "modules.json": '[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]',
+        "source.spm": b"\x00\x02",
+        "tekken.json": "{}",
+        "bpe.codes": "a b",
+        "nested/kernels/code.py": "raise SystemExit",
+        "images/plot.png": b"png",
         "1_Pooling/config.json": "{}",
         "2_Dense/model.safetensors": b"d" * 100,
         "LICENSE": "as is",
@@ -66,7 +74,6 @@ def unwanted_files() -> dict[str, str | bytes]:
         "consolidated.safetensors": b"twice",
         "onnx/model.onnx": b"onnx",
         "model.gguf": b"gguf",
-        "images/plot.png": b"png",
         "adapter_config.json": "{}",
         "adapter_model.safetensors": b"of an adapter beside the model",
         "3_Old/pytorch_model.bin": b"pickle",
@@ -76,7 +83,12 @@ def unwanted_files() -> dict[str, str | bytes]:
 
 
 def names(root: Path) -> set[str]:
-    return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    """Return what was downloaded; what is only seen by its name is an empty file."""
+    return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file() and path.stat().st_size}
+
+
+def seen(root: Path) -> set[str]:
+    return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()} - names(root)
 
 
 def fetch(world: World, tmp_path: Path, kind: str = "base", revision: str | None = None) -> Path:
@@ -90,6 +102,7 @@ def test_a_base_comes_with_its_shards_and_companions_and_nothing_else(world: Wor
     snap = world.connect().snapshot(ref, kind="base", cache_dir=tmp_path / "cache")
     assert (snap.ref, snap.repo_id, snap.commit) == (ref, "acme/base", commit)
     assert names(snap.root) == set(base_files())
+    assert seen(snap.root) == set(unwanted_files())  # left out, and told
     for name, content in base_files().items():
         assert (snap.root / name).read_bytes() == (content if isinstance(content, bytes) else content.encode())
 
@@ -131,7 +144,59 @@ def test_an_adapter_comes_without_checkpoints_and_without_a_model_beside_it(worl
         "optimizer.pt": b"o",
     }
     world.hub.add_model("acme/base", write(tmp_path / "seed", **adapter, **more))
-    assert names(fetch(world, tmp_path, "adapter")) == set(adapter)
+    root = fetch(world, tmp_path, "adapter")
+    assert names(root) == set(adapter)
+    assert seen(root) == set(more)
+    check_leftovers(with_config(root), ())
+
+
+def with_config(root: Path) -> Path:
+    """Make the model beside an adapter a whole one."""
+    (root / "config.json").write_text("{}")
+    return root
+
+
+def test_trained_state_in_an_adapters_repository_is_seen_and_refused(world: World, tmp_path: Path) -> None:
+    files: dict[str, str | bytes] = {"adapter_config.json": "{}", "adapter_model.safetensors": b"a" * 100}
+    files |= {"non_lora_trainables.bin": b"p" * 9}
+    world.hub.add_model("acme/base", write(tmp_path / "seed", **files))
+    with pytest.raises(UnsupportedAdapter, match=r"non_lora_trainables\.bin"):
+        check_leftovers(fetch(world, tmp_path, "adapter"), ())
+    assert world.sent("GET", "non_lora_trainables.bin") == 0
+
+
+def test_the_modules_of_an_adapter_come_with_it(world: World, tmp_path: Path) -> None:
+    found: dict[str, str | bytes] = {
+        "adapter_config.json": "{}",
+        "adapter_model.safetensors": b"a" * 100,
+        "modules.json": '[{"path": ""}, {"path": "2_Dense"}]',
+        "config_sentence_transformers.json": "{}",
+        "2_Dense/config.json": "{}",
+        "2_Dense/model.safetensors": b"d" * 100,
+    }
+    world.hub.add_model("acme/base", write(tmp_path / "seed", **found))
+    assert names(fetch(world, tmp_path, "adapter")) == set(found)
+
+
+def test_a_merged_model_is_judged_by_its_full_listing(world: World, tmp_path: Path) -> None:
+    files = {**base_files(), **unwanted_files(), ".hidden": b"x", "adapter/adapter_model.safetensors": b"kept"}
+    world.hub.add_model("acme/base", write(tmp_path / "seed", **files))
+    root = fetch(world, tmp_path, "merged")
+    assert names(root) | seen(root) >= set(files)
+    weights = {path for path in unwanted_files() if is_weights(path)}
+    assert seen(root) == weights
+    assert (root / "adapter/adapter_model.safetensors").read_bytes() == b"kept"
+    assert sorted(Path(path).name for path in weights if world.sent("GET", f"/resolve/{path}")) == []
+
+
+def test_a_file_too_large_to_be_carried_stops_the_download(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(companion_files, "MAX_COMPANION_BYTES", 1500)
+    world.hub.add_model("acme/base", write(tmp_path / "seed", **base_files(), **{"corpus.txt": b"c" * 1600}))
+    with pytest.raises(UnsupportedCheckpoint, match=r"corpus\.txt has 0 MB"):
+        fetch(world, tmp_path)
+    assert world.sent("GET", SHARDS[0]) == 0
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,9 @@ def test_no_selected_path_leaves_the_folder_or_is_pickled(paths: list[str], kind
         assert ".." not in path.split("/")
         assert not path.startswith("/")
         assert not path.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))
+    for path in select.seen_only(paths, kind, ()):
+        assert ".." not in path.split("/")
+        assert not path.startswith("/")
 
 
 def test_the_room_imports_without_its_heavy_client() -> None:
