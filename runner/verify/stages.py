@@ -3,7 +3,8 @@
 A stage is an element of a list of modules (a decoder or encoder layer, whatever its class), or else the smallest module
 that holds parameters of its own: embeddings, the last norm, the head. What lies between them (masks, rotary angles, the
 order of calls) needs no stored value and is left to the model's own code. A model with parameters outside of all stages
-is one stage, as is one whose code turns out to use a stage's parameters from outside.
+is one stage, as is one that has a stage in two places, or whose code turns out to use a stage's parameters from
+outside.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ def find_stages(model: nn.Module) -> tuple[str, ...]:
     stages = tuple(_below("", model))
     keys = model.state_dict()
     covered = all(any(is_below(key, stage) for stage in stages) for key in keys)
-    return stages if covered and stages else WHOLE
+    modules = {id(model.get_submodule(stage)) for stage in stages}
+    is_once = len(modules) == len(stages)  # not T5's embeddings once they were resized: one module under three paths
+    return stages if covered and is_once and stages else WHOLE
 
 
 def is_below(key: str, stage: str) -> bool:

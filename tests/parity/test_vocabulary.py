@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from runner.errors import AdapterMismatch
 from runner.merge.prepare import prepare
 from runner.verify.judge import judge
-from tests.parity import heads, models, oracle
+from runner.verify.verdict import Status
+from tests.parity import heads, models, oracle, structures
 from tests.parity.heads import Trained
 from tests.parity.pipeline import run_merge
 
@@ -128,3 +130,37 @@ def test_refuses_embeddings_of_two_sizes(tmp_path: Path) -> None:
 
     with pytest.raises(AdapterMismatch, match="100 and 101 rows"):
         prepare(base, adapter, dtype="auto")
+
+
+PADDED = {
+    "LlamaForCausalLM": ["q_proj"],
+    "GPT2LMHeadModel": ["c_attn"],
+    "OPTForCausalLM": ["q_proj"],
+    "T5ForConditionalGeneration": ["q"],
+    "BartForConditionalGeneration": ["q_proj"],
+}
+
+
+@pytest.mark.parametrize("architecture", PADDED)
+def test_one_more_token_to_pad_with_is_merged_and_judged(architecture: str, tmp_path: Path) -> None:
+    base = models.save_base(structures.build(architecture), tmp_path / "base", dtype=torch.float32)
+    model = oracle.load(base)
+    rows = model.get_input_embeddings().weight.shape[0] + 1
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    torch.manual_seed(0)
+    trained = get_peft_model(model, LoraConfig(r=4, target_modules=PADDED[architecture]))
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.1)
+    trained.save_pretrained(tmp_path / "adapter")
+
+    _, merged = run_merge(base, tmp_path / "adapter", tmp_path / "merged")
+
+    expected = trained.merge_and_unload().state_dict()
+    loaded = oracle.load(merged.root)
+    assert loaded.get_input_embeddings().weight.shape[0] == rows
+    for key, tensor in loaded.state_dict().items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-7)
+    verdict = judge(base=base, adapter=tmp_path / "adapter", merged=merged.root, dtype="auto")
+    assert verdict.failures == ()
+    assert verdict.status is Status.PASS
