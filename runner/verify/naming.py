@@ -1,6 +1,7 @@
 """Adapters that are not named as PEFT names them in this model, as folders that are.
 
-The names come from `runner.adapter.names`, transformers' own renamings among them, which whoever merged has used, too.
+The names come from `runner.adapter.names`, transformers' own renamings and the halves of a model among them, which
+whoever merged has used, too.
 What keeps that honest: a name that no module takes fails in PEFT, each tensor must be in PEFT's model with the values
 of the file, and modules and end to end are judged by what that model computes.
 """

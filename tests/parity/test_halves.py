@@ -7,6 +7,7 @@ transformers as the base's own class, and its half must compute the same.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from runner.errors import AdapterMismatch
+from runner.merge.prepare import prepare
 from runner.verify.judge import judge
 from runner.verify.verdict import Status
 from tests.parity import models, oracle, structures
@@ -163,3 +167,150 @@ def test_an_adapter_of_the_text_half_is_merged_into_the_whole(architecture: str,
     verdict = judge(base=base, adapter=tmp_path / "adapter", merged=merged.root, dtype="auto")
     assert verdict.failures == ()
     assert verdict.status is Status.PASS
+
+
+def _rename(adapter: Path, rename: Callable[[str], str]) -> None:
+    tensors = load_file(adapter / WEIGHTS)
+    save_file({rename(name): tensor for name, tensor in tensors.items()}, adapter / WEIGHTS)
+
+
+def _merged_text(base: Path, adapter: Path, merged: Path) -> torch.Tensor:
+    _, made = run_merge(base, adapter, merged)
+    verdict = judge(base=base, adapter=adapter, merged=made.root, dtype="auto")
+    assert (verdict.failures, verdict.status) == ((), Status.PASS)
+    return _compute(_text_class(oracle.load(made.root)))
+
+
+def test_full_paths_in_the_config_are_those_of_the_half(tmp_path: Path) -> None:
+    base = _save_base("LlavaForConditionalGeneration", tmp_path / "base")
+    wanted = _train(
+        _text_class(oracle.load(base)),
+        tmp_path / "adapter",
+        target_modules=r"model\.layers\.\d+\.self_attn\.[qv]_proj|lm_head",
+        rank_pattern={"model.layers.0.self_attn.q_proj": 2},
+        alpha_pattern={"model.layers.1.self_attn.v_proj": 32},
+        modules_to_save=["model.embed_tokens"],
+    )
+
+    assert _far(_merged_text(base, tmp_path / "adapter", tmp_path / "merged"), wanted) < 1e-5
+
+
+def test_bare_targets_mean_the_half_that_the_adapter_has_tensors_for(tmp_path: Path) -> None:
+    base = _save_base("LlavaForConditionalGeneration", tmp_path / "base")
+    wanted = _train(_text_class(oracle.load(base)), tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    _rename(tmp_path / "adapter", lambda name: name.replace("model.model.layers", "model.model.language_model.layers"))
+
+    notes = prepare(base, tmp_path / "adapter", dtype="auto").plan.summary.notes
+
+    assert any("also matches 4 modules outside 'model.language_model'" in note for note in notes)
+    assert _far(_merged_text(base, tmp_path / "adapter", tmp_path / "merged"), wanted) < 1e-5
+
+
+def test_a_half_that_lacks_one_module_is_refused(tmp_path: Path) -> None:
+    base = _save_base("LlavaForConditionalGeneration", tmp_path / "base")
+    _train(_text_class(oracle.load(base)), tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+    kept = {name: tensor for name, tensor in tensors.items() if "layers.1.self_attn.v_proj" not in name}
+    save_file(kept, tmp_path / "adapter" / WEIGHTS)
+
+    with pytest.raises(AdapterMismatch, match=r"language_model\.layers\.1\.self_attn\.v_proj"):
+        prepare(base, tmp_path / "adapter", dtype="auto")
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3_5ForConditionalGeneration", "MllamaForConditionalGeneration"])
+def test_a_compiled_text_class_is_read(architecture: str, tmp_path: Path) -> None:
+    base = _save_base(architecture, tmp_path / "base")
+    wanted = _train(_text_class(oracle.load(base)), tmp_path / "adapter")
+    _rename(tmp_path / "adapter", lambda name: name.replace(PREFIX, f"{PREFIX}_orig_mod."))
+
+    assert _far(_merged_text(base, tmp_path / "adapter", tmp_path / "merged"), wanted) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("architecture", "parameter"),
+    [
+        ("Qwen3_5MoeForConditionalGeneration", "mlp.experts.gate_up_proj"),
+        ("Llama4ForConditionalGeneration", "feed_forward.experts.gate_up_proj"),
+    ],
+)
+def test_parameters_of_experts_in_a_text_class_are_merged(architecture: str, parameter: str, tmp_path: Path) -> None:
+    base = _save_base(architecture, tmp_path / "base")
+    wanted = _train(
+        _text_class(oracle.load(base)), tmp_path / "adapter", target_modules=["q_proj"], target_parameters=[parameter]
+    )
+
+    assert _far(_merged_text(base, tmp_path / "adapter", tmp_path / "merged"), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3_5ForConditionalGeneration", "LlavaForConditionalGeneration"])
+def test_the_adapter_of_another_model_is_refused_by_one_name(architecture: str, tmp_path: Path) -> None:
+    base = _save_base(architecture, tmp_path / "base")
+    gpt2 = models.save_base(models.gpt2(), tmp_path / "gpt2", dtype=torch.float32)
+    config = LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    adapter = models.save_adapter(gpt2, tmp_path / "adapter", config)
+
+    with pytest.raises(AdapterMismatch):
+        prepare(base, adapter, dtype="auto")
+
+
+_AUDIO: Mapping[str, Any] = {
+    "audio_config": {
+        "model_type": "qwen2_audio_encoder", "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 48, "num_mel_bins": 8, "max_source_positions": 20,
+    },
+    "text_config": {"model_type": "qwen2", **structures.UNTIED},
+    "audio_token_index": 90,
+}  # fmt: skip
+
+
+def test_names_that_fit_two_halves_are_refused_with_both_and_read_once_they_say_which(tmp_path: Path) -> None:
+    model = structures.build("Qwen2AudioForConditionalGeneration", _AUDIO)
+    base = models.save_base(model, tmp_path / "base", dtype=torch.float32)
+    loaded = oracle.load(base)
+    _train(_half(loaded), tmp_path / "adapter", target_modules=["q_proj"], task=None)
+
+    with pytest.raises(AdapterMismatch) as refused:
+        prepare(base, tmp_path / "adapter", dtype="auto")
+
+    assert "audio_tower.layers.0.self_attn.q_proj' or" in refused.value.problem.what
+    new, old = re.findall(r"'(base_model\.[^']+)'", refused.value.problem.fix)
+    places = re.findall(r"'([\w.]+)'", refused.value.problem.what)[1:]
+    text = next(place for place in places if "audio" not in place)
+    assert new == f"{PREFIX}{places[0]}"
+    assert old.endswith("layers.0.self_attn.q_proj")
+    before = old.removesuffix("layers.0.self_attn.q_proj")
+    after = f"{PREFIX}{text}".removesuffix("layers.0.self_attn.q_proj")
+    _rename(tmp_path / "adapter", lambda name: name.replace(before, after))
+    units = prepare(base, tmp_path / "adapter", dtype="auto").units
+    assert {path.removesuffix("self_attn.q_proj") for path in units} == {
+        text.replace("layers.0.self_attn.q_proj", f"layers.{number}.") for number in (0, 1)
+    }
+
+
+@pytest.fixture(scope="module")
+def mllama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Return a base of text and pictures, an adapter of its text class, and the right merge of the two."""
+    root = tmp_path_factory.mktemp("mllama")
+    base = _save_base("MllamaForConditionalGeneration", root / "base")
+    _train(_text_class(oracle.load(base)), root / "adapter")
+    _, merged = run_merge(base, root / "adapter", root / "merged")
+    return base, root / "adapter", merged.root
+
+
+@pytest.mark.parametrize("fault", ["the vision tensors are lost", "one module is the base's"])
+def test_the_judge_fails_a_merge_of_a_half_in_which(
+    fault: str, mllama: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, adapter, merged = mllama
+    tensors, before = oracle.read_folder(merged), oracle.read_folder(base)
+    if fault == "the vision tensors are lost":
+        tensors = {name: tensor for name, tensor in tensors.items() if "vision" not in name}
+    else:
+        changed = next(name for name, tensor in tensors.items() if not torch.equal(tensor, before[name]))
+        tensors[changed] = before[changed]
+    tmp_path.joinpath("config.json").write_bytes((merged / "config.json").read_bytes())
+    save_file(
+        {name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+
+    assert judge(base=base, adapter=adapter, merged=tmp_path, dtype="auto").status is Status.FAIL
