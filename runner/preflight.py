@@ -12,7 +12,7 @@ from pathlib import Path
 from runner import __version__
 from runner.adapter.base_identity import departures, named_base
 from runner.adapter.combinable import check_combinable
-from runner.adapter.folder import Adapter, read_adapter
+from runner.adapter.folder import Adapter
 from runner.checkpoint.layout import read_checkpoint
 from runner.companions.leftovers import check_leftovers
 from runner.converted import Pickles, conversion_note
@@ -20,6 +20,7 @@ from runner.disk import REPORT_BYTES, Need, check_room
 from runner.documents.provenance import AdapterOrigin, Origin, adapter_digest, base_digest
 from runner.hub import Hub, Keyless, Login, OnDownload, Snapshot, connect, read_patience
 from runner.inputs.read import IDENTITY_TOKEN, IDENTITY_URL, Inputs, RepoRef
+from runner.modernised import read_modern
 from runner.publish import Destination, FolderDestination, HubDestination, Wanted
 
 Say = Callable[[str], None]
@@ -149,7 +150,8 @@ def resolve(inputs: Inputs, hubs: Hubs, cache_dir: Path, pickles: Pickles, say: 
         for ref in inputs.adapters
     ]
     snapshots = [replace(snapshot, root=pickles.adapter(snapshot.root)) for snapshot in fetched]
-    adapters = tuple(read_adapter(snapshot.root) for snapshot in snapshots)
+    modern = [read_modern(snapshot.root, inputs.allow, pickles.into) for snapshot in snapshots]
+    adapters = tuple(one.adapter for one in modern)
     for snapshot, read in zip(snapshots, adapters, strict=True):
         say(f"Adapter: {_name(snapshot)}, {read.peft_type}, {len(read.tensors)} tensors.")
         check_leftovers(snapshot.root, inputs.allow)
@@ -160,6 +162,7 @@ def resolve(inputs: Inputs, hubs: Hubs, cache_dir: Path, pickles: Pickles, say: 
     converted: list[str] = []
     for before, after in zip(fetched, snapshots, strict=True):
         converted += conversion_note(before.root, after.root, "adapter")
+    converted += dict.fromkeys(note for one in modern for note in one.notes)
     if base_ref.path is not None:
         path = pickles.base(base_ref.path)
         converted += conversion_note(base_ref.path, path, "base")
@@ -171,7 +174,9 @@ def resolve(inputs: Inputs, hubs: Hubs, cache_dir: Path, pickles: Pickles, say: 
     notes = (*converted, *departures(adapters, base_ref))
     for note in notes:
         say(note)
-    first, *more = [_origin(snapshot) for snapshot in snapshots]
+    first, *more = [
+        _origin(replace(snapshot, root=read.root)) for snapshot, read in zip(snapshots, adapters, strict=True)
+    ]
     origin = Origin(
         base_repo_id=base_ref.repo_id,
         base_commit=base_ref.revision,

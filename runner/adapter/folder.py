@@ -27,7 +27,16 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 SCAN_BYTES = 4 << 20
 
-_EXPONENT = MappingProxyType({"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)})
+_EXPONENT = MappingProxyType(
+    {
+        "BF16": ("<u2", 0x7F80),
+        "F16": ("<u2", 0x7C00),
+        "F32": ("<u4", 0x7F800000),
+        "F64": ("<u8", 0x7FF0000000000000),  # `runner.modernised` rounds it to float32, as PEFT does when it loads it
+    }
+)
+_MLX_FILE = "adapters.safetensors"
+_MLX_FIELDS = ("lora_parameters", "fine_tune_type")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,12 +75,12 @@ def read_adapter(root: Path) -> Adapter:
     if problem := folder_problem(root):
         raise _broken(f"In the adapter's folder, {problem}")
     config = _read_config(root)
+    _check_program(root, config)
     check_fields(config)
     peft_type = str(config.get("peft_type") or "")
     _check_method(config)
     file = _read_weights(root)
-    if peft_type == "LORA":
-        check_rank(config, (tensor.shape for tensor in file.tensors))
+    check_rank(config, (tensor.shape for tensor in file.tensors))
     zeros = _check_values(root, file)
     _check_effect(peft_type, [tensor.name for tensor in file.tensors], zeros)
     base_model = config.get("base_model_name_or_path")
@@ -102,6 +111,16 @@ def _read_config(root: Path) -> dict[str, Any]:
     return config
 
 
+def _check_program(root: Path, config: Mapping[str, Any]) -> None:
+    if "peft_type" in config or not ((root / _MLX_FILE).exists() or any(field in config for field in _MLX_FIELDS)):
+        return
+    raise UnsupportedAdapter(
+        "The adapter was saved by mlx, not by PEFT.",
+        why="Its factors are transposed and named otherwise, and its `scale` stands for alpha/r.",
+        fix="Fuse it with mlx-lm, which wrote it, or convert it to PEFT's format first.",
+    )
+
+
 def _check_method(config: Mapping[str, Any]) -> None:
     refusal = find_refusal(config)
     if refusal is not None:
@@ -127,6 +146,14 @@ def _read_weights(root: Path) -> TensorFile:
         raise BrokenAdapter(error.problem.what, why=error.problem.why, fix=error.problem.fix) from error
     if not file.tensors:
         raise _broken(f"{WEIGHTS_FILE} holds no tensor.")
+    if empty := [tensor.name for tensor in file.tensors if tensor.shape == (0,)]:
+        raise BrokenAdapter(
+            f"{len(empty)} of {len(file.tensors)} adapter tensors are empty, of shape [0]; the first is {empty[0]!r}.",
+            why="They were saved under DeepSpeed ZeRO-3 without gathering: their values are not in this file.",
+            fix="Gather them when saving, with `stage3_gather_16bit_weights_on_model_save: true` in the DeepSpeed "
+            "config and `accelerator.get_state_dict(model)` as the `state_dict` of `save_pretrained`; a checkpoint of "
+            "that training may still hold them.",
+        )
     for tensor in file.tensors:
         if tensor.dtype not in _EXPONENT and not tensor.dtype.startswith(("I", "U", "BOOL")):
             raise UnsupportedAdapter(

@@ -5,6 +5,7 @@ One list for all of them, so that a workflow shows at a glance what its releases
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,8 +17,12 @@ ALLOWANCES: Mapping[str, str] = MappingProxyType(
         "not-verified": "publishing, marked as not verified, where a part of the judgement could not run",
         "value-head": "an adapter with a value head beside it, which scores texts and is not released",
         "same-repo": "a `target-repo` that is the repository, or lies in the folder, of the adapter or of the base",
+        "peft=": "an adapter's config that means different weights to different releases of PEFT: read as this one did",
+        "lost-biases": "an adapter whose trained biases are not in its file (PEFT up to 0.20): the base's are kept",
     }
 )
+_NEWEST_PEFT = "0.21"
+_PEFT = re.compile(r"0\.([1-9]|1\d|2[01])(\.\d{1,3})?")
 # Inputs of their own once.
 FORMER: Mapping[str, str] = MappingProxyType(
     {f"allow-{name}": name for name in ("pickle", "not-verified", "same-repo")}
@@ -54,4 +59,8 @@ def entry_problem(entry: str) -> str | None:
     name, equals, value = entry.partition("=")
     if f"{name}{equals}" not in ALLOWANCES:
         return f"it must be one of: {', '.join(forms())}"
-    return "its value is missing" if equals and not value else None
+    if equals and not value:
+        return "its value is missing"
+    if name == "peft" and not _PEFT.fullmatch(value):
+        return f"a release of PEFT is written as 0.13 or 0.13.2, and is at most {_NEWEST_PEFT}"
+    return None

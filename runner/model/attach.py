@@ -19,6 +19,7 @@ import peft
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.save_and_load import set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
@@ -123,6 +124,7 @@ def attach(
             target_stacks(config, stacks, shapes)
         peft_model = _wrap(model, config, adapter, ADAPTER_NAME, names.values())
         placed, packing = _load(peft_model, adapter, ADAPTER_NAME, names, _unknown(base), stacks)
+        _check_biases(peft_model, adapter)
     else:
         peft_model = _wrap_several(model, adapters, namings, only_plans=only_plans)
         quickest = Combination(kind="cat", weights=combination.weights)
@@ -295,6 +297,27 @@ def _load(
         raise _missing(missing[0], adapter)
     widen(peft_model, placed)
     return placed, packing
+
+
+def _check_biases(peft_model: PeftModel, adapter: Adapter) -> None:
+    """Refuse an adapter that trained biases of the base and did not save them, as PEFT up to 0.20 did."""
+    bias = str(adapter.config.get("bias") or "none")
+    if bias == "none" or any(name.endswith("bias") and ".lora_B." not in name for name in adapter.tensors):
+        return
+    model = peft_model.get_base_model()
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    owners = {path: module.get_base_layer() for path, module in layers.items()}
+    if bias == "all":
+        owners = dict(model.named_modules())
+    trained = [path for path, module in owners.items() if isinstance(getattr(module, "bias", None), torch.nn.Parameter)]
+    if trained:
+        raise UnsupportedAdapter(
+            f"{CONFIG_FILE} sets `bias` to {bias[:40]!r}, but the biases of {len(trained)} modules, {trained[0]!r} "
+            "first, are not in the adapter's file.",
+            why="They were trained with it; PEFT up to 0.20 did not save them, and the base's are not the trained ones.",
+            fix="Save the adapter again from the trained model with PEFT 0.21, or add `lost-biases` to `allow` to "
+            "keep the base's.",
+        )
 
 
 def _must_be_in_file(key: str, adapter: Adapter, name: str) -> bool:

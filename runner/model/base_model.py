@@ -73,6 +73,7 @@ def open_base(checkpoint: Checkpoint, adapter: Adapter, *, in_memory: bool) -> B
         AdapterMismatch: the task needs a head, and the adapter has none.
         UnsupportedAdapter: transformers has no class for the adapter's task.
     """
+    _check_gathered(checkpoint)
     with bounded_build(checkpoint.root, models=16):
         form = decide_form(checkpoint, adapter)
     model, checkpoint, adapter, names = form.model, form.checkpoint, form.adapter, form.names
@@ -96,6 +97,17 @@ def open_base(checkpoint: Checkpoint, adapter: Adapter, *, in_memory: bool) -> B
         config_edits=form.config_edits,
         notes=form.notes,
     )
+
+
+def _check_gathered(checkpoint: Checkpoint) -> None:
+    empty = [name for name, info in checkpoint.tensors.items() if info.shape == (0,)]
+    if empty:
+        raise BrokenCheckpoint(
+            f"{len(empty)} of the base's {len(checkpoint.tensors)} tensors are empty, of shape [0]; the first is "
+            f"{empty[0]!r}.",
+            why="They were saved under DeepSpeed ZeRO-3 without gathering: their values are not in these files.",
+            fix="Set `base-model` to the model that the training started from, or save the base again, gathered.",
+        )
 
 
 def _fill(
