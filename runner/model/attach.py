@@ -314,7 +314,7 @@ def _check_biases(peft_model: PeftModel, adapter: Adapter) -> None:
         raise UnsupportedAdapter(
             f"{CONFIG_FILE} sets `bias` to {bias[:40]!r}, but the biases of {len(trained)} modules, {trained[0]!r} "
             "first, are not in the adapter's file.",
-            why="They were trained with it; PEFT up to 0.20 did not save them, and the base's are not the trained ones.",
+            why="They were trained with it, and PEFT up to 0.20 did not save them; the base's are other ones.",
             fix="Save the adapter again from the trained model with PEFT 0.21, or add `lost-biases` to `allow` to "
             "keep the base's.",
         )
