@@ -114,10 +114,10 @@ def _same_vocabulary(base: Path, adapter: Path, theirs: list[str], before: _Fast
     both = [path for path in theirs if path != FAST and (base / path).is_file()]
     if not all(_same_words(base, adapter, path) for path in both if is_vocabulary(path) or path == MERGES):
         return False
-    if before is not None and after is not None:
-        return bool(before.model == after.model)
-    if before is None and after is None and all(path in both for path in theirs if is_vocabulary(path)):
-        return not ((base / FAST).is_file() and (adapter / FAST).is_file())  # of which one cannot be read
+    if (base / FAST).is_file() and (adapter / FAST).is_file():
+        return before is not None and after is not None and bool(before.model == after.model)
+    if all(path in both for path in theirs if is_vocabulary(path)):
+        return True
     words = [_plain(_words(root)) for root in (base, adapter)]
     rest = iter(words[1])
     return bool(words[0]) and all(word in rest for word in words[0])  # in the same order; ids may be shifted as a whole

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from runner.checkpoint.digests import FileDigest, digest_of
+from runner.companions.files import FileOrigins
 from runner.documents.provenance import AdapterOrigin, adapter_digest, base_digest, manifest, quality_numbers, rounded
 from runner.inputs.combination import Combination
 from runner.inputs.rounding import Rounding
@@ -168,3 +169,27 @@ def test_the_base_digest_counts_weights_and_companions_and_no_other_format(tmp_p
     assert base_digest(tmp_path) == before
     (tmp_path / "model.safetensors").write_bytes(b"other")
     assert base_digest(tmp_path) != before
+
+
+def test_the_manifest_names_whose_bytes_each_file_has() -> None:
+    origins = FileOrigins(
+        base=("config.json",),
+        adapter=("chat_template.jinja",),
+        edited={"config.json": ("dtype",)},
+        left_of_base=("README.md", "onnx/model.onnx"),
+        left_of_adapter=("optimizer.pt",),
+    )
+    files = [
+        FileDigest(path=path, size_bytes=1, sha256="a" * 64)
+        for path in ("chat_template.jinja", "config.json", "model.safetensors")
+    ]
+
+    document = json.loads(manifest(origin(), replace(FACTS, origins=origins), verdict(), files))
+
+    assert document["origins"] == {
+        "base": ["config.json"],
+        "adapter": ["chat_template.jinja"],
+        "edited": {"config.json": ["dtype"]},
+        "written": ["model.safetensors"],
+        "left_out": {"base": ["README.md", "onnx/model.onnx"], "adapter": ["optimizer.pt"]},
+    }
