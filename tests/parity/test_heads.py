@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from runner.errors import AdapterMismatch, BrokenCheckpoint
 from runner.merge.prepare import prepare
 from runner.verify.judge import judge
 from runner.verify.verdict import Outcome
-from tests.parity import heads, models, oracle
+from tests.parity import heads, models, oracle, structures
 from tests.parity.heads import Trained
 from tests.parity.pipeline import run_merge
 
@@ -70,6 +71,26 @@ CASES = {
         _llama, Trained(task=None, model_class=transformers.AutoModel, options=ATTENTION), kept=("lm_head.weight",)
     ),
 }
+
+
+def test_what_of_the_body_a_class_does_not_know_stays(tmp_path: Path) -> None:
+    model = structures.build("BertForPreTraining", structures.ENCODERS["BertModel"])
+    base = models.save_base(model, tmp_path / "base", dtype=torch.bfloat16)
+    trained = Trained(task="TOKEN_CLS", labels=3, options={"target_modules": ["query", "value"]})
+    adapter = heads.save_adapter(base, tmp_path / "adapter", trained)
+
+    _, merged = run_merge(base, adapter, tmp_path / "merged")
+
+    left_out = oracle.read_folder(base).keys() - oracle.read_folder(merged.root).keys()
+    assert left_out == {name for name in oracle.read_folder(base) if name.startswith("cls.")}
+    assert "bert.pooler.dense.weight" in oracle.read_folder(merged.root)
+    assert judge(base=base, adapter=adapter, merged=merged.root, dtype="auto").failures == ()
+    tensors = {name: tensor for name, tensor in oracle.read_folder(merged.root).items() if "pooler" not in name}
+    (merged.root / "model.safetensors.index.json").unlink(missing_ok=True)
+    for path in merged.root.glob("*.safetensors"):
+        path.unlink()
+    save_file(tensors, merged.root / "model.safetensors", metadata={"format": "pt"})
+    assert not judge(base=base, adapter=adapter, merged=merged.root, dtype="auto").passed
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
