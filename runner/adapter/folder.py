@@ -25,6 +25,7 @@ from runner.syntax import parse_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_PICKLED_FILE = "adapter_model.bin"  # the one name that `pickle` in `allow` is for
 SCAN_BYTES = 4 << 20
 
 _EXPONENT = MappingProxyType(
@@ -133,9 +134,9 @@ def _check_method(config: Mapping[str, Any]) -> None:
 
 def _read_weights(root: Path) -> TensorFile:
     if not (root / WEIGHTS_FILE).is_file():
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in root.glob(pattern))
+        pickled = (root / _PICKLED_FILE).is_file()
         raise BrokenAdapter(
-            f"The adapter folder has no {WEIGHTS_FILE}" + (f", only {pickled[0]}." if pickled else "."),
+            f"The adapter folder has no {WEIGHTS_FILE}" + (f", only {_PICKLED_FILE}." if pickled else "."),
             why="Only safetensors are read: unpickling can run code.",
             fix="Save it again with PEFT's `save_pretrained`"
             + (", or add `pickle` to `allow`: tensors only, in a process of its own." if pickled else "."),
@@ -221,6 +222,13 @@ def _no_adapter(root: Path) -> BrokenAdapter:
             f"The adapter folder has no {CONFIG_FILE}, but its subfolders have: {', '.join(inside[:5])}.",
             why="Which of them is the adapter is not guessed: the last checkpoint of a training need not be its best.",
             fix=f"Point `adapter-path` at the subfolder that you want, for example {str(root / inside[-1])!r}.",
+        )
+    if (root / "config.json").is_file():
+        return BrokenAdapter(
+            f"The adapter folder has no {CONFIG_FILE}: it holds a whole model.",
+            why="An adapter is merged into a model, not a model into another.",
+            fix="Point `adapter-path` at the adapter. A model that is merged already is judged with `mode: verify` and "
+            "`merged-path`.",
         )
     return BrokenAdapter(
         f"The adapter folder has no {CONFIG_FILE}.",

@@ -78,6 +78,13 @@ def check_adapter(paths: Iterable[str], *, named: str, pickles: bool = False) ->
             why="Which of them is the adapter is not guessed: the last checkpoint of a training need not be its best.",
             fix=f"Download it, and point `adapter-path` at the subfolder that you want, for example {inside[-1]}.",
         )
+    if ADAPTER_CONFIG not in present and "config.json" in present:
+        raise BrokenAdapter(
+            f"{named} has no {ADAPTER_CONFIG}: it holds a whole model.",
+            why="An adapter is merged into a model, not a model into another.",
+            fix="Set `adapter-path` to the adapter. A model that is merged already is judged with `mode: verify` and "
+            "`merged-path`.",
+        )
     if ADAPTER_CONFIG not in present:
         raise BrokenAdapter(
             f"{named} has no {ADAPTER_CONFIG}.",

@@ -26,7 +26,7 @@ from runner.checkpoint.conversion import Conversion, Group
 from runner.checkpoint.layout import Checkpoint
 from runner.checkpoint.names import StoredNames
 from runner.checkpoint.reader import Reader
-from runner.errors import AdapterMismatch, BrokenCheckpoint, UnsupportedCheckpoint
+from runner.errors import AdapterMismatch, BrokenCheckpoint, CheckpointError, UnsupportedCheckpoint
 from runner.model.empty import empty_model
 from runner.model.forms import decide_form, grows
 from runner.model.vocabulary import given_shapes, zero_padded
@@ -129,11 +129,7 @@ def _fill(
         if grows(info.shape, shapes[key]) and is_resized:
             continue
         if info.shape != shapes[key]:
-            raise BrokenCheckpoint(
-                f"{stored!r} is stored as {list(info.shape)}, but config.json asks for {list(shapes[key])}.",
-                why="config.json and weights are of different models.",
-                fix="Download the base again, all files at one revision.",
-            )
+            raise _misshapen(checkpoint, stored, shapes[key])
         by_file.setdefault(info.file, []).append((key, stored))
     for file, entries in by_file.items():
         with safe_open(str(checkpoint.root / file), framework="pt", device="cpu") as handle:
@@ -143,6 +139,21 @@ def _fill(
                 mapped = mapped[tuple(slice(size) for size in shapes[key])]
                 _assign(model, key, mapped.float() if in_memory and mapped.is_floating_point() else mapped)
     return own
+
+
+def _misshapen(checkpoint: Checkpoint, stored: str, wanted: tuple[int, ...]) -> CheckpointError:
+    shape = list(checkpoint.tensors[stored].shape)
+    if any(file.metadata.get("format") == "mlx" for file in checkpoint.files):
+        return UnsupportedCheckpoint(
+            f"The base was written by mlx: {stored!r} is stored as {shape}, where transformers has {list(wanted)}.",
+            why="mlx stores some tensors with their dimensions in another order.",
+            fix="Set `base-model` to the transformers checkpoint that it was made from; its model card names it.",
+        )
+    return BrokenCheckpoint(
+        f"{stored!r} is stored as {shape}, but config.json asks for {list(wanted)}.",
+        why="config.json and weights are of different models.",
+        fix="Download the base again, all files at one revision.",
+    )
 
 
 def _pad(

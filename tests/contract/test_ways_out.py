@@ -20,7 +20,8 @@ from transformers import LlamaForCausalLM
 
 from runner.adapter.combinable import check_combinable
 from runner.adapter.folder import read_adapter
-from runner.errors import InputError, RunnerError
+from runner.errors import BrokenAdapter, InputError, RunnerError
+from runner.hub.select import check_adapter
 from runner.inputs.allow import ALLOWANCES
 from runner.inputs.combination import KINDS, Combination
 from runner.inputs.read import INPUTS, parse
@@ -351,6 +352,46 @@ def test_a_quantised_base_is_replaced_by_the_plain_one_as_told(pair: tuple[Path,
     assert "Set `base-model` to the 16-bit model" in _refusal(packed, adapter).problem.fix
 
     run_merge(base, adapter, tmp_path / "merged")
+
+
+def test_a_base_that_mlx_wrote_in_its_own_layout_is_named(pair: tuple[Path, Path]) -> None:
+    base, adapter = pair
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].T.contiguous()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "mlx"})
+
+    assert "written by mlx: 'model.layers.0.mlp.up_proj.weight'" in str(_refusal(base, adapter))
+
+
+def test_a_plain_base_that_mlx_wrote_is_merged(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = pair
+    tensors = load_file(base / "model.safetensors")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "mlx"})
+
+    run_merge(base, adapter, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("name, is_offered", [("adapter_model.bin", True), ("training_args.bin", False)])
+def test_pickles_are_allowed_only_where_that_helps(name: str, is_offered: bool, pair: tuple[Path, Path]) -> None:
+    base, adapter = pair
+    (adapter / "adapter_model.safetensors").rename(adapter / name)
+
+    problem = _refusal(base, adapter).problem
+
+    assert ("`pickle`" in problem.fix) == (name in problem.what) == is_offered
+
+
+def test_a_model_where_an_adapter_belongs_is_named(pair: tuple[Path, Path]) -> None:
+    base, _ = pair
+
+    for refused in (
+        lambda: read_adapter(base),
+        lambda: check_adapter(["config.json", "model.safetensors"], named="a/b"),
+    ):
+        with pytest.raises(BrokenAdapter, match="it holds a whole model") as raised:
+            refused()
+        assert "`mode: verify`" in raised.value.problem.fix
 
 
 def test_no_way_out_ends_at_the_base_that_is_given_already() -> None:
