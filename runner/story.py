@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runner.checkpoint.digests import MergedCheckpoint, digest_folder, digest_of
+from runner.checkpoint.readable import folder_problem
 from runner.companions.archive import FOLDER as ARCHIVE
 from runner.companions.archive import archive
 from runner.companions.files import FileOrigins
@@ -96,7 +97,7 @@ class Story:
             self._say(traffic_line(hubs.reading.traffic))
             if self.inputs.device != "cuda":
                 self._check_device(worker)
-            if merged is not None:
+            if merged is not None and not folder_problem(merged):  # else the judge says it, and nothing of it is read
                 self.record.merged_digest = digest_of(
                     released(file for file in digest_folder(merged) if not file.path.startswith(ARCHIVE))
                 )

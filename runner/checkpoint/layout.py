@@ -29,6 +29,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _ADAPTER_CONFIG = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
+MAX_NAME_BYTES = 255  # of a file, on every file system in use
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 ITEM_BITS: Mapping[str, int] = MappingProxyType(
@@ -164,9 +165,10 @@ def read_weight_map(index: Path, *, suffix: str = ".safetensors") -> Mapping[str
             fix="Download or save the checkpoint again.",
         ) from error
     for file in sorted(set(entries.values())):
-        if Path(file).name != file or "\\" in file or not file.endswith(suffix):
+        is_name = file.isprintable() and len(file.encode()) <= MAX_NAME_BYTES
+        if not is_name or Path(file).name != file or "\\" in file or not file.endswith(suffix):
             raise BrokenCheckpoint(
-                f"{index.name} names the file {file!r}.",
+                f"{index.name} names the file {file[:200]!r}.",
                 why=f"A shard must be a `*{suffix}` file directly inside the checkpoint's folder; "
                 "any other path could read files outside it.",
                 fix="Use a checkpoint from a source that you trust.",

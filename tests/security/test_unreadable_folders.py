@@ -57,6 +57,14 @@ def directory(name: str) -> Damage:
     return damage
 
 
+def index(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": name}}))
+
+    return damage
+
+
 def config(**fields: Any) -> Damage:
     def damage(folder: Path) -> None:
         path = folder / "config.json"
@@ -75,6 +83,8 @@ UNREADABLE: Mapping[str, tuple[Damage, str]] = {
     "an index of a gigabyte": (long(INDEX_FILE), "is larger than"),
     "a tokenizer that is a pipe": (pipe("tokenizer.json"), "'tokenizer.json' is a pipe"),
     "a template that is a pipe": (pipe("additional_chat_templates/x.jinja"), "is a pipe"),
+    "an index of a name too long": (index("é" * 400 + ".safetensors"), "names the file"),
+    "an index of a name with a null": (index("x\0.safetensors"), "names the file"),
     "weights that are a pipe": (pipe("model.safetensors"), "is a pipe"),
     "a billion layers": (config(num_hidden_layers=10**9), "num_hidden_layers = 1e+09"),
     "a number of layers with 4000 digits": (config(num_hidden_layers=10**4000), "a number of hundreds of digits"),

@@ -26,7 +26,8 @@ def read_unreadable(folder: Path, problem: str) -> Diagnosis:
     """Return why a folder has no readable checkpoint; `problem` is what reading it said."""
     index = ({} if folder_problem(folder) else read_json(folder / INDEX_FILE)) or {}
     names = index.get("weight_map") if isinstance(index.get("weight_map"), dict) else {}
-    lost = sorted({str(file) for file in (names or {}).values() if not (folder / str(file)).is_file()})
+    there = {path.name for path in folder.iterdir() if path.is_file()}
+    lost = sorted({str(file) for file in (names or {}).values()} - there)
     of_lost = [name for name, file in (names or {}).items() if file in lost]
     said = f"{len(lost)} of the index's files {'is' if len(lost) == 1 else 'are'} not there: {', '.join(lost[:3])}."
     return Diagnosis(
