@@ -278,7 +278,7 @@ def _is_at(call: Call | None, path: str) -> bool:
 def on_device(modules: Iterable[nn.Module], device: str, dtype: torch.dtype = torch.float32) -> Iterator[None]:
     """Have the modules' own parameters and buffers that have values on `device` for as long as this lasts.
 
-    Parameters in float32 are in `dtype`, too: the adapter's own.
+    Those in float32 are in `dtype`, too: the adapter's own, such as RandLoRA's shared bases.
     """
     parameters, buffers = [], []
     for module in modules:
@@ -290,9 +290,12 @@ def on_device(modules: Iterable[nn.Module], device: str, dtype: torch.dtype = to
                 parameters.append((parameter, parameter.data))
                 parameter.data = parameter.data.to(device, wanted)
         for name, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta and buffer.device.type != device:
+            if buffer is None or buffer.is_meta:
+                continue
+            wanted = dtype if buffer.dtype == torch.float32 else buffer.dtype
+            if (buffer.device.type, buffer.dtype) != (device, wanted):
                 buffers.append((module, name, buffer))
-                module._buffers[name] = buffer.to(device)
+                module._buffers[name] = buffer.to(device, wanted)
     try:
         yield
     finally:

@@ -1,9 +1,10 @@
 """PEFT's own test grid, as a program: the models of its test modules times its methods, each merged and judged.
 
 `python -m tests.parity.grid [--only PATTERN] [--json FILE]` prints a line for each cell that is not merged, and counts:
-merged (judged PASS, and the folder computes what PEFT's unmerged model computes), refused by a named error,
-NOT_VERIFIED, and wrong: a traceback, a right merge that fails, or a folder that computes something else. It ends with 1
-for any wrong. Everything is in one process; models are random, and built from configs.
+merged (judged PASS, and the folder computes what PEFT's unmerged model computes), refused (by a named error, or failed
+because PEFT's own merge computes something else), NOT_VERIFIED, and wrong: a traceback, a right merge that fails, or a
+folder that computes something else. It ends with 1 for any wrong. Everything is in one process; models are random, and
+built from configs.
 
 What PEFT tests on models that transformers has no checkpoint of (its custom networks) is left out.
 """
@@ -23,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -86,6 +88,8 @@ def run(model: Model, method: str, config: PeftConfig, base: Path, folder: Path)
 def _outcome(base: Path, adapter: Path, merged: Path) -> tuple[str, str]:
     run_merge(base, adapter, merged)
     verdict = judge(base=base, adapter=adapter, merged=merged, dtype="auto")
+    if verdict.status is Status.FAIL and (own := distance_of_peft(base, adapter)) > LIMIT:
+        return REFUSED, f"PEFT's own merge is {own:.2g} off its unmerged model; the judge fails it"
     if verdict.status is Status.FAIL:
         return WRONG, f"a right merge fails: {verdict.failures[0].name}: {verdict.failures[0].detail}"
     off = distance(base, adapter, merged)
@@ -99,11 +103,24 @@ def _outcome(base: Path, adapter: Path, merged: Path) -> tuple[str, str]:
 
 def distance(base: Path, adapter: Path, merged: Path) -> float:
     """Return how far the merged folder's outputs are from those of PEFT's unmerged model, both in float32."""
+    return _distance(_unmerged(base, adapter).get_base_model(), oracle.load(merged))
+
+
+def distance_of_peft(base: Path, adapter: Path) -> float:
+    """Return the same of what PEFT's own merge computes."""
+    return _distance(_unmerged(base, adapter).get_base_model(), _unmerged(base, adapter).merge_and_unload())
+
+
+def _unmerged(base: Path, adapter: Path) -> Any:
+    return PeftModel.from_pretrained(oracle.load(base), adapter)
+
+
+def _distance(reference: Any, other: Any) -> float:
     ids = torch.randint(3, 30, (24,), generator=torch.Generator().manual_seed(1))
     sequence = TokenSequence(label="grid", ids=ids, purpose=Purpose.COMPARISON, is_text=False)
     made = []
     with torch.no_grad():
-        for model in (PeftModel.from_pretrained(oracle.load(base), adapter).get_base_model(), oracle.load(merged)):
+        for model in (reference, other):
             torch.manual_seed(0)
             made.append(outputs_of(model.eval(), sequence, "cpu").double())
     return float((made[0] - made[1]).norm() / made[0].norm())

@@ -19,6 +19,8 @@ SAMPLE = {
     ("T5ForConditionalGeneration", "oft"): grid.MERGED,
     ("ViTForImageClassification", "ln_tuning"): grid.MERGED,
     ("LlamaForCausalLM", "prefix tuning"): grid.REFUSED,
+    ("ResNetForImageClassification", "lora"): grid.MERGED,
+    ("ResNetForImageClassification", "oft"): grid.REFUSED,  # PEFT's merge of a convolution wider than 1 is not OFT's
 }
 
 
