@@ -167,3 +167,12 @@ def test_entries_that_match_nothing_are_named() -> None:
     assert "`target_modules`" in notes[1]
     assert "'qproj'" in notes[1]
     assert not idle_notes({**LORA, "target_modules": ["q_proj"]}, _shapes(q=4), TODAY)
+
+
+def test_the_ranks_that_adalora_kept_are_lists() -> None:
+    config = {"peft_type": "ADALORA", "lora_alpha": 8, "r": 8, "rank_pattern": {f"{Q}.lora_E": [True, False]}}
+
+    check_fields(config)
+
+    with pytest.raises(BrokenAdapter, match="`rank_pattern`"):
+        check_fields({**config, "peft_type": "LORA"})
