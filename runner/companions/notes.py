@@ -74,7 +74,7 @@ def companion_notes(base: Path, adapter: Path, origins: FileOrigins) -> Iterator
         )
     own = {path for path in origins.left_of_adapter if is_tokenizer(path) or is_template(path)}
     for noun, paths in (("base", origins.left_of_base), ("adapter", origins.left_of_adapter)):
-        told = _UNTOLD | (own if noun == "adapter" else set())
+        told = _UNTOLD | (own if noun == "adapter" else set(origins.adapter))  # replaced, which is told
         if listed := _short(path for path in paths if path not in told):
             yield f"Left out of the {noun}'s files: {listed}."
 

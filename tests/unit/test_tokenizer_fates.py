@@ -86,6 +86,7 @@ def test_added_tokens_need_the_adapters_tokenizer_and_keep_the_bases_vocabulary(
     assert mine == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert ours == {"config.json", "vocab.json", "merges.txt", "special_tokens_map.json"}
     assert "1 are new" in notes
+    assert "Left out" not in notes
     assert "is kept what the adapter does not replace: merges.txt, special_tokens_map.json, vocab.json" in notes
 
 
