@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, PeftModel, get_peft_model
+from accelerate import Accelerator
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
@@ -78,7 +80,7 @@ def _trigger(span: str) -> None:
 def _known(span: str) -> None:
     """It is a value of an input, or a field of PEFT's LoRA."""
     values = {value for spec in INPUTS for value in spec.choices} | set(KINDS) | set(ALLOWANCES)
-    peft_fields = {field.name for field in fields(LoraConfig)} | {"base_model_name_or_path"}
+    peft_fields = {field.name for config in PEFT_TYPE_TO_CONFIG_MAPPING.values() for field in fields(config)}
     limits = {"perplexity-ratio", "task-drop"}
     assert span in values | peft_fields | limits | {"true", "false", "all", "none"}, span
 
@@ -146,6 +148,24 @@ def _save_apart(span: str, tmp: Path) -> None:
     run_merge(base, tmp / "apart" / "other", tmp / "merged")
 
 
+def _gather(span: str, tmp: Path) -> None:
+    base = _base(tmp / "base")
+    model = _trained(base, _lora())
+    whole = eval(span, {"model": model, "accelerator": Accelerator(cpu=True)})  # noqa: S307
+    model.save_pretrained(str(tmp / "adapter"), state_dict=whole)
+    run_merge(base, tmp / "adapter", tmp / "merged")
+
+
+def _of_deepspeed(span: str, _tmp: Path) -> None:
+    """It is the setting that accelerate asks for; DeepSpeed needs a GPU."""
+    assert span.partition(":")[0] in inspect.getsource(Accelerator.get_state_dict)
+
+
+def _allowed(span: str, _tmp: Path) -> None:
+    assert span.removesuffix(GAP) in ALLOWANCES
+    _accepts({"allow": span.removesuffix(GAP) + "0.13"})
+
+
 def _save_embeddings(span: str, tmp: Path) -> None:
     base = _base(tmp / "base")
     model = _trained(base, _lora(), rows=models.VOCAB + 4)
@@ -205,7 +225,8 @@ QUOTED = frozenset({
     "docker info", "https://", "https", "main", "messages", "nvidia-container-toolkit", "nvidia-smi", "nvidia-smi -L",
     "lm-eval ls tasks", "owner/name", "owner/name@revision", "peft_version", "prompt", "read", "release", ".git",
     "release.tag_name", "role", "task", "weight_map", "workflow_dispatch", "workflow_run.event", "write", "--gpus",
-    "Failed to initialize NVML: Unknown Error", "do_sample: false", "--user", ".lock", "dir://", "staging/…", "--help",
+    "Failed to initialize NVML: Unknown Error", "do_sample: false", "--user", ".lock",
+    "metadata", "scale", "state_dict", "dir://", "staging/…", "--help",
 })  # fmt: skip
 # What `docs/gpu-runners.md` says too, to be run on the machine with the GPU, as root; no test can.
 ELSEWHERE = (r"sudo nvidia-ctk .*",)
@@ -230,6 +251,9 @@ EXECUTORS: tuple[tuple[str, Executor], ...] = (
     (r"save_pretrained", _save_pretrained),
     (r"save_embedding_layers=True", _save_embeddings),
     (r"path_initial_model_for_weight_conversion", _convert),
+    (r"accelerator\.get_state_dict\(model\)", _gather),
+    (r"stage3_\w+: true", _of_deepspeed),
+    (rf"peft={GAP}?", _allowed),
     (r"docker build .*", _plainly(_build)),
     (r"docker run .*", _plainly(_docker_run)),
     (r"git lfs pull", _plainly(_pointer)),
