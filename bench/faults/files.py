@@ -18,6 +18,7 @@ from pathlib import Path
 
 from bench.faults.layouts import LAYOUTS, write_layout
 from runner.checkpoint.layout import read_checkpoint
+from runner.errors import CheckpointError
 from runner.verify.files import judge_files
 from runner.verify.verdict import Outcome
 
@@ -111,7 +112,11 @@ def _add(place: Path, content: bytes) -> None:
 
 def failed(base: Path, merged: Path) -> list[str]:
     """Return what the judge says of a folder's files, where it fails them."""
-    checks = judge_files(base, (base / "no adapter",), read_checkpoint(merged), rows=None)
+    try:
+        checkpoint = read_checkpoint(merged)
+    except CheckpointError as error:  # the judge's first check: what the folder's headers say
+        return [error.problem.what]
+    checks = judge_files(base, (base / "no adapter",), checkpoint, rows=None)
     return [check.detail for check in checks if check.outcome is Outcome.FAIL]
 
 
