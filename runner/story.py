@@ -98,9 +98,7 @@ class Story:
             if self.inputs.device != "cuda":
                 self._check_device(worker)
             if merged is not None and not folder_problem(merged):  # else the judge says it, and nothing of it is read
-                self.record.merged_digest = digest_of(
-                    released(file for file in digest_folder(merged) if not file.path.startswith(ARCHIVE))
-                )
+                self.record.merged_digest = _digest(merged)
             worker.give(
                 worker_job(
                     self.inputs, self.environ, resolved, base=base, merged=merged or self.work.merged, cache=cache
@@ -291,3 +289,8 @@ class Story:
             yield
         self.stops.end_phase()
         self.showing.end()
+
+
+def _digest(merged: Path) -> str:
+    """Return the digest of an existing merge, without the adapter that a release may hold."""
+    return digest_of(released(file for file in digest_folder(merged) if not file.path.startswith(ARCHIVE)))

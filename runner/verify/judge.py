@@ -9,7 +9,7 @@ cannot be used is an error of the input.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from runner.verify.gates import loosen, quality_checks
 from runner.verify.modules import Probe
 from runner.verify.outputs import judge_outputs
 from runner.verify.own_dtype import own_dtype, told
-from runner.verify.prompts import make_questions
+from runner.verify.prompts import Questions, make_questions
 from runner.verify.renamed import in_the_base_names
 from runner.verify.storage import Storage, compare_storage, judge_storage
 from runner.verify.structure import judge_structure
@@ -277,20 +277,17 @@ def _judge_models(
         )
         findings.checks.extend(extra)
     questions.words.close()
+    findings.checks.extend(_unasked(questions))
+
+
+def _unasked(questions: Questions) -> Iterator[Check]:
+    """Yield what kept a prompt from being run."""
     if questions.words.problem:
-        findings.checks.append(
-            Check(
-                layer=Layer.QUALITY,
-                name="the tokenizer was run",
-                outcome=Outcome.WARN,
-                detail=f"Where a prompt is missing, {questions.words.problem}.",
-            )
-        )
+        detail = f"Where a prompt is missing, {questions.words.problem}."
+        yield Check(layer=Layer.QUALITY, name="the tokenizer was run", outcome=Outcome.WARN, detail=detail)
     if questions.skipped:
         detail = f"{len(questions.skipped)} of your prompts could not be used, the first: {questions.skipped[0]!r}."
-        findings.checks.append(
-            Check(layer=Layer.QUALITY, name="your prompts were run", outcome=Outcome.WARN, detail=detail)
-        )
+        yield Check(layer=Layer.QUALITY, name="your prompts were run", outcome=Outcome.WARN, detail=detail)
 
 
 def _rows(case: Case, storage: Storage, probes: Sequence[Probe]) -> tuple[ModuleRow, ...]:

@@ -102,25 +102,13 @@ def find_targets(
     """
     touched = sources.keys
     key_of = {name: key for key, name in blueprint.stored.items()}
-
-    def target(key: str, name: str, home: Stored, *, is_touched: bool) -> Target:
-        shape = sources.shape(key) if is_touched else home.info.shape
-        return Target(
-            key=key,
-            stored=name,
-            dtype=output_dtype(home.info.dtype, dtype),
-            shape=shape,
-            base=home,
-            is_touched=is_touched,
-        )
-
     required = _heads(sources, blueprint, output_dtype(main_dtype(base, blueprint), dtype))
     for name, info in base.tensors.items():
         if name in blueprint.dropped:
             continue
         key = key_of.get(name, "")
         home = Stored(root=base.root, info=info)
-        required[name] = target(key, name, home, is_touched=key in touched)
+        required[name] = _target(sources, key, name, home, dtype)
     required |= _computed(sources, base, dtype)
     optional: dict[str, Target] = {}
     untied: list[str] = []
@@ -138,7 +126,7 @@ def find_targets(
             untied.append(tied)
         if absent not in blueprint.stored:
             place = optional if holds else required
-            place[absent] = target(absent, absent, sources.homes[absent], is_touched=absent in touched)
+            place[absent] = _target(sources, absent, absent, sources.homes[absent], dtype)
         elif tied in blueprint.stored:
             twins[blueprint.stored[tied]] = blueprint.stored[origin]
     mapped = {made.key for made in (*required.values(), *optional.values())}
@@ -150,6 +138,19 @@ def find_targets(
         rounding=rounding,
         twins=twins,
         copies={name: frozenset(names - {name}) for names in held.values() for name in names},
+    )
+
+
+def _target(sources: Sources, key: str, name: str, home: Stored, dtype: str) -> Target:
+    """Return what must be stored as `name` for the parameter `key` that has its base at `home`."""
+    is_touched = key in sources.keys
+    return Target(
+        key=key,
+        stored=name,
+        dtype=output_dtype(home.info.dtype, dtype),
+        shape=sources.shape(key) if is_touched else home.info.shape,
+        base=home,
+        is_touched=is_touched,
     )
 
 

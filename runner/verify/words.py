@@ -205,7 +205,7 @@ def _confine(requests: int, replies: int) -> None:
     low, high = sorted((requests, replies))
     for start, end in ((3, low), (low + 1, high), (high + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])):
         os.closerange(start, min(end, 1 << 16))
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.putenv("TOKENIZERS_PARALLELISM", "false")  # for the library, which asks the C library
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     _lower(resource.RLIMIT_AS, pages * resource.getpagesize() + MEMORY_BYTES)
     _lower(resource.RLIMIT_CORE, 0)

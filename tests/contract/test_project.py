@@ -6,6 +6,7 @@ import ast
 import importlib.metadata
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,15 +106,19 @@ def test_modules_and_functions_fit_on_a_screen(path: Path) -> None:
     assert long == {}
 
 
-def test_only_the_supervisor_catches_everything() -> None:
-    broad = []
+# Where everything may be caught, and how often: the supervisor, and what runs a library for hostile tokenizers, which
+# raises the bare Exception, and panics that are none.
+CATCHERS = {"runner/supervisor.py": 1, "runner/verify/tokenizer.py": 1, "runner/verify/words.py": 3}
+
+
+def test_only_the_edges_catch_everything() -> None:
+    broad: Counter[str] = Counter()
     for path in modules("runner"):
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.ExceptHandler) and _is_broad(node.type) and not _raises_on(node):
-                broad.append(f"{path.relative_to(ROOT).as_posix()}:{node.lineno}")
+                broad[path.relative_to(ROOT).as_posix()] += 1
 
-    assert [place for place in broad if not place.startswith("runner/supervisor.py:")] == []
-    assert len(broad) <= 1
+    assert broad == CATCHERS
 
 
 @pytest.mark.parametrize("code", ["except:", "except Exception:", "except (ValueError, BaseException):"])

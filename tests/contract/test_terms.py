@@ -126,7 +126,7 @@ def test_reads_what_is_allowed() -> None:
 def test_a_former_input_says_where_its_meaning_went(name: str) -> None:
     for told in (
         only_problem(argv=[f"--allow-{name}", "true"]),
-        only_problem(**{f"INPUT_ALLOW-{name.upper()}": "true"}),
+        only_problem({f"allow-{name}": "true"}),
     ):
         assert f"`--allow {name}`" in told
     assert name in read(argv=["--allow", name]).allow

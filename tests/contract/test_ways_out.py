@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import shutil
 import subprocess
@@ -17,17 +16,15 @@ import torch
 import yaml
 from accelerate import Accelerator
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from runner.adapter.combinable import check_combinable
 from runner.adapter.folder import read_adapter
-from runner.errors import BrokenAdapter, InputError, RunnerError
-from runner.hub.select import check_adapter
+from runner.errors import InputError
 from runner.inputs.allow import ALLOWANCES
 from runner.inputs.combination import KINDS, Combination
 from runner.inputs.read import INPUTS, parse
-from runner.merge.prepare import prepare
 from runner.signature import read_signing_key
 from tests.contract.ways_out import CODE, GAP, ROOT, shown, spans, texts, texts_of
 from tests.parity import models
@@ -107,11 +104,11 @@ def _key(span: str, tmp: Path) -> None:
 # --- PEFT's own names, and its own calls on a tiny model. ---
 
 
-def _base(folder: Path) -> Path:
+def small_base(folder: Path) -> Path:
     return models.save_base(models.llama(tied=False), folder, dtype=torch.float32)
 
 
-def _trained(base: Path, config: LoraConfig, *, rows: int | None = None) -> PeftModel:
+def trained(base: Path, config: LoraConfig, *, rows: int | None = None) -> PeftModel:
     """Return a PEFT model of `config` whose adapter is not zero."""
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     if rows is not None:
@@ -128,29 +125,29 @@ def _shaken(model: PeftModel) -> PeftModel:
     return model
 
 
-def _lora(**more: Any) -> LoraConfig:
+def lora(**more: Any) -> LoraConfig:
     return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM", **more)
 
 
 def _save_pretrained(span: str, tmp: Path) -> None:
-    base = _base(tmp / "base")
-    model, folder = _trained(base, _lora()), tmp / "adapter"
+    base = small_base(tmp / "base")
+    model, folder = trained(base, lora()), tmp / "adapter"
     eval(f"model.{span}(folder)", {"model": model, "folder": folder})  # noqa: S307  (the words of our own message)
     run_merge(base, folder, tmp / "merged")
 
 
 def _save_apart(span: str, tmp: Path) -> None:
-    base = _base(tmp / "base")
-    model = _trained(base, _lora())
-    model.add_adapter("other", _lora())
+    base = small_base(tmp / "base")
+    model = trained(base, lora())
+    model.add_adapter("other", lora())
     _shaken(model)
     eval(span, {"model": model, "folder": tmp / "apart", "name": "other"})  # noqa: S307
     run_merge(base, tmp / "apart" / "other", tmp / "merged")
 
 
 def _gather(span: str, tmp: Path) -> None:
-    base = _base(tmp / "base")
-    model = _trained(base, _lora())
+    base = small_base(tmp / "base")
+    model = trained(base, lora())
     whole = eval(span, {"model": model, "accelerator": Accelerator(cpu=True)})  # noqa: S307
     model.save_pretrained(str(tmp / "adapter"), state_dict=whole)
     run_merge(base, tmp / "adapter", tmp / "merged")
@@ -167,8 +164,8 @@ def _allowed(span: str, _tmp: Path) -> None:
 
 
 def _save_embeddings(span: str, tmp: Path) -> None:
-    base = _base(tmp / "base")
-    model = _trained(base, _lora(), rows=models.VOCAB + 4)
+    base = small_base(tmp / "base")
+    model = trained(base, lora(), rows=models.VOCAB + 4)
     eval(f"model.save_pretrained(folder, {span})", {"model": model, "folder": tmp / "adapter"})  # noqa: S307
     plan, _ = run_merge(base, tmp / "adapter", tmp / "merged")
     assert any("100 rows" in note for note in plan.summary.notes)
@@ -176,10 +173,10 @@ def _save_embeddings(span: str, tmp: Path) -> None:
 
 def _convert(span: str, tmp: Path) -> None:
     """A PiSSA adapter becomes a plain LoRA, which has the same merge, and can be combined."""
-    base = _base(tmp / "base")
+    base = small_base(tmp / "base")
     model = get_peft_model(
         LlamaForCausalLM.from_pretrained(base, dtype=torch.float32),
-        _lora(init_lora_weights="pissa"),
+        lora(init_lora_weights="pissa"),
     )
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(str(tmp / "initial"))
@@ -311,139 +308,3 @@ def test_a_setting_that_the_reader_does_not_take_fails() -> None:
 
 
 # --- Ways out in words: each is followed as the error says it, on the folder that caused it. ---
-
-
-def _refusal(base: Path, adapter: Path) -> RunnerError:
-    with pytest.raises(RunnerError) as raised:
-        prepare(base, adapter, dtype="auto")
-    return raised.value
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[Path, Path]:
-    base = _base(tmp_path / "base")
-    _trained(base, _lora()).save_pretrained(tmp_path / "adapter")
-    for path in base.glob("model*"):  # one file
-        path.unlink()
-    models.llama(tied=False).to(torch.float32).save_pretrained(base)
-    return base, tmp_path / "adapter"
-
-
-def test_a_config_that_calls_plain_weights_quantised_is_mended_as_told(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    base, adapter = pair
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    told = re.search(r"remove `(\w+)` from (\S+) in a copy", _refusal(base, adapter).problem.fix)
-    assert told is not None
-
-    copy = shutil.copytree(base, tmp_path / "copy")
-    config = json.loads((copy / told[2]).read_text())
-    del config[told[1]]
-    (copy / told[2]).write_text(json.dumps(config))
-
-    run_merge(copy, adapter, tmp_path / "merged")
-
-
-def test_a_variant_is_renamed_as_told(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    base, adapter = pair
-    (base / "model.safetensors").rename(base / "model.fp32.safetensors")
-    told = re.search(r"In a copy of the base, rename (\S+) to (\S+), and", _refusal(base, adapter).problem.fix)
-    assert told is not None
-
-    copy = shutil.copytree(base, tmp_path / "copy")
-    (copy / told[1]).rename(copy / told[2])
-
-    run_merge(copy, adapter, tmp_path / "merged")
-
-
-def test_an_adapter_on_an_adapter_is_merged_in_two_steps_as_told(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    base, first = pair
-    _, merged = run_merge(base, first, tmp_path / "step")
-    _trained(merged.root, _lora()).save_pretrained(tmp_path / "second")
-    fix = _refusal(first, tmp_path / "second").problem.fix
-    assert "merge this one into its own base first, and set `base-model` to the folder" in fix
-
-    run_merge(merged.root, tmp_path / "second", tmp_path / "merged")
-
-
-def test_a_quantised_base_is_replaced_by_the_plain_one_as_told(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    base, adapter = pair
-    packed = shutil.copytree(base, tmp_path / "packed")
-    codes = load_file(packed / "model.safetensors")
-    name = "model.layers.0.self_attn.q_proj.weight"
-    codes |= {name: codes[name].to(torch.float8_e4m3fn), f"{name}_scale": torch.ones(1)}
-    save_file(codes, packed / "model.safetensors")
-    assert "Set `base-model` to the 16-bit model" in _refusal(packed, adapter).problem.fix
-
-    run_merge(base, adapter, tmp_path / "merged")
-
-
-def test_a_base_that_mlx_wrote_in_its_own_layout_is_named(pair: tuple[Path, Path]) -> None:
-    base, adapter = pair
-    tensors = load_file(base / "model.safetensors")
-    name = "model.layers.0.mlp.up_proj.weight"
-    tensors[name] = tensors[name].T.contiguous()
-    save_file(tensors, base / "model.safetensors", metadata={"format": "mlx"})
-
-    assert "written by mlx: 'model.layers.0.mlp.up_proj.weight'" in str(_refusal(base, adapter))
-
-
-def test_a_plain_base_that_mlx_wrote_is_merged(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    base, adapter = pair
-    tensors = load_file(base / "model.safetensors")
-    save_file(tensors, base / "model.safetensors", metadata={"format": "mlx"})
-
-    run_merge(base, adapter, tmp_path / "merged")
-
-
-@pytest.mark.parametrize("name, is_offered", [("adapter_model.bin", True), ("training_args.bin", False)])
-def test_pickles_are_allowed_only_where_that_helps(name: str, is_offered: bool, pair: tuple[Path, Path]) -> None:
-    base, adapter = pair
-    (adapter / "adapter_model.safetensors").rename(adapter / name)
-
-    problem = _refusal(base, adapter).problem
-
-    assert ("`pickle`" in problem.fix) == (name in problem.what) == is_offered
-
-
-def test_a_model_where_an_adapter_belongs_is_named(pair: tuple[Path, Path]) -> None:
-    base, _ = pair
-
-    for refused in (
-        lambda: read_adapter(base),
-        lambda: check_adapter(["config.json", "model.safetensors"], named="a/b"),
-    ):
-        with pytest.raises(BrokenAdapter, match="it holds a whole model") as raised:
-            refused()
-        assert "`mode: verify`" in raised.value.problem.fix
-
-
-def test_no_way_out_ends_at_the_base_that_is_given_already() -> None:
-    told = [text for name, text in texts() if re.search(r"to the (?:very )?model that the adapters? w", text)]
-
-    assert len(told) >= 8
-    for text in told:
-        asks_for_one = text.startswith("Set `base-model` to the model that the adapter was trained on" + GAP)
-        assert asks_for_one or "if it is that already" in text, text
-
-
-def _misfits(adapter: Path, name: str | None) -> None:
-    """Give the adapter a rank that its tensors do not have, and a base to name."""
-    path = adapter / "adapter_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"r": 3, "base_model_name_or_path": name}))
-
-
-@pytest.mark.parametrize(
-    "name, said", [("acme/base", "the adapter names 'acme/base' as its base"), (None, "it names no base")]
-)
-def test_a_misfit_shows_what_the_adapter_names_and_both_ways_on(
-    name: str | None, said: str, pair: tuple[Path, Path]
-) -> None:
-    base, adapter = pair
-    _misfits(adapter, name)
-
-    problem = _refusal(base, adapter).problem
-
-    assert said in problem.why
-    assert "if it is that already, set `base-revision`" in problem.fix
