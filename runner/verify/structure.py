@@ -143,8 +143,10 @@ def is_resaved(before: Mapping[str, Any], after: Mapping[str, Any], form: Form) 
 
 
 def _edited(before: Mapping[str, Any], after: Mapping[str, Any], form: Form) -> dict[str, Any]:
-    """Return the config with every documented change that `after` has."""
+    """Return the config with every documented change that `after` has, and with the rows that it must have."""
     made = dict(before)
+    if form.rows is not None and "vocab_size" in made:
+        made["vocab_size"] = form.rows
     for key in {"tie_word_embeddings", "vocab_size", "quantization_config"} & {*before, *after}:
         if key in after and _may_change(key, after[key], form):
             made[key] = after[key]

@@ -12,8 +12,10 @@ import torch
 
 import runner.verify.outputs
 from runner.checkpoint.layout import read_checkpoint
+from runner.verify.case import open_case
 from runner.verify.judge import judge
-from runner.verify.outputs import BEYOND_DOUBT, LIMIT, UNROUNDED
+from runner.verify.outputs import BEYOND_DOUBT, LIMIT, UNROUNDED, judge_outputs
+from runner.verify.prompts import make_questions
 from runner.verify.verdict import Check, Outcome, Status
 from tests.verify.faults import rewrite
 from tests.verify.merges import save_merge
@@ -63,8 +65,19 @@ def test_a_fault_in_that_range_still_fails(right_merge: Callable[[str], Merged],
     config["rms_norm_eps"] = 1.02 * config["rms_norm_eps"] + 1e-6
     (damaged / "config.json").write_text(json.dumps(config))
 
-    status, check = _claim(base, adapter, damaged)
+    with open_case(base, adapter, dtype="auto") as case:  # the whole judge stops at the config already
+        found = judge_outputs(
+            unmerged=case.unmerged,
+            merged=damaged,
+            sources=case.sources,
+            targets=case.targets,
+            questions=make_questions(damaged, rows=case.embedding_rows, max_tokens=100, prompts=(), seed=0),
+            retention=1.0,
+            device="cpu",
+            on_progress=lambda _share: None,
+        )
+    check = next(check for check in found.checks if check.name == UNROUNDED)
 
-    assert (status, check.outcome) == (Status.FAIL, Outcome.FAIL)
+    assert check.outcome is Outcome.FAIL
     assert check.value is not None
     assert LIMIT < check.value < BEYOND_DOUBT
