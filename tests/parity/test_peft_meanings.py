@@ -20,7 +20,7 @@ RECORDS = [
     json.loads(line)
     for line in (Path(__file__).parent.parent / "records" / "peft_meanings.jsonl").read_text("utf-8").splitlines()
 ]
-CASES = [
+ALL = [
     pytest.param(record["version"], kind, entry, id=f"{record['version']}-{kind}")
     for record in RECORDS
     for kind, entry in record["kinds"].items()
@@ -36,7 +36,7 @@ def _shapes(entry: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(shape) for name, shape in entry["shapes"].items()}
 
 
-@pytest.mark.parametrize(("version", "kind", "entry"), CASES)
+@pytest.mark.parametrize(("version", "kind", "entry"), ALL)
 def test_a_reading_gives_what_its_release_computed(version: str, kind: str, entry: Mapping[str, Any]) -> None:
     release = parse_version(version)
     assert release is not None
@@ -57,7 +57,7 @@ def test_a_reading_gives_what_its_release_computed(version: str, kind: str, entr
         torch.testing.assert_close(torch.tensor(found[path]), torch.tensor(value), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("version", "kind", "entry"), CASES)
+@pytest.mark.parametrize(("version", "kind", "entry"), ALL)
 def test_nothing_is_chosen_where_todays_reading_is_another(version: str, kind: str, entry: Mapping[str, Any]) -> None:
     release = parse_version(version)
     assert release is not None
