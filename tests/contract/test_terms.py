@@ -65,6 +65,7 @@ def test_reads_the_limits() -> None:
         ({"quality-limits": "retention>=0.9", "mode": "plan"}, "Nothing is judged"),
         ({"allow": "not-verified", "mode": "plan"}, "Nothing is published"),
         ({"allow": "perhaps"}, "must be one of: pickle"),
+        ({"allow": "peft=0.13, peft=0.21"}, "gives 'peft' twice"),
     ],
 )
 def test_tells_what_is_wrong_with_the_limits(values: dict[str, str], text: str) -> None:

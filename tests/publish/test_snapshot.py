@@ -204,7 +204,8 @@ def test_a_file_too_large_to_be_carried_stops_the_download(
     [
         ({"adapter_config.json": "{}", "adapter_model.bin": b"p"}, UnsupportedAdapter, "pickled weights only"),
         ({"adapter_config.json": "{}"}, BrokenAdapter, "has no adapter_model.safetensors"),
-        ({"config.json": "{}"}, BrokenAdapter, "has no adapter_config.json"),
+        ({"config.json": "{}"}, BrokenAdapter, "has no adapter_config.json: it holds a whole model"),
+        ({"README.md": "Nothing yet"}, BrokenAdapter, r"has no adapter_config.json\."),
     ],
 )
 def test_a_repository_that_is_no_safe_adapter_is_refused_before_the_download(

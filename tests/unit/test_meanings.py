@@ -141,6 +141,12 @@ def test_a_config_without_its_strength_is_refused(peft_type: str, field: str, is
     check_fields({**config, field: 16})
 
 
+def test_more_pattern_keys_than_any_model_has_modules_are_not_looked_up() -> None:
+    keys = {f"layers.{number}": 4 for number in range(20_001)}
+    with pytest.raises(BrokenAdapter, match="20001 keys"):
+        check_fields({**LORA, "rank_pattern": keys})
+
+
 def test_ranks_that_are_written_as_fractions_are_whole() -> None:
     config = {**LORA, "r": 8.0, "rank_pattern": {"q_proj": 4.0, "k_proj": 2}}
 
