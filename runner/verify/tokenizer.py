@@ -8,7 +8,7 @@ since other readers look at the files themselves, each file is compared by its c
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -23,6 +23,7 @@ from runner.verify.names import CONFIG, Kind, is_vocabulary, kind_of
 FAST = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 PANIC = "PanicException"
+_ANY_TOKENIZER = ("PreTrainedTokenizerFast", "TokenizersBackend")  # of transformers 4 and 5; read tokenizer.json alone
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 # Of tokenizer_config.json: who wrote it, and what the loaded object is asked for instead.
 _OF_THE_WRITER = frozenset(
@@ -51,6 +52,7 @@ class Meaning:
         special: what each special token is.
         settings: what else it was told: the longest input, on which side it pads.
         template: of chats; "" for none.
+        kind: its class, as saving it again writes it.
         saved: tokenizer.json as saving it again writes it; "" where it has none.
         told: the settings that saving it again writes.
     """
@@ -61,6 +63,7 @@ class Meaning:
     special: str
     settings: str
     template: str
+    kind: str = field(compare=False)
     saved: str = field(compare=False)
     told: Mapping[str, str] = field(compare=False)
 
@@ -131,8 +134,17 @@ def says_the_same(path: str, folder: Listing, expected: Listing, meaning: Meanin
     if path == SETTINGS and isinstance(found, dict) and isinstance(wanted, dict):
         known = {key: canonical(_bare(value)) for key, value in wanted.items()}
         known = {**(meaning.told if meaning is not None else {}), **known}
-        return all(canonical(_bare(found[key])) == known.get(key) for key in found.keys() - _OF_THE_WRITER)
+        classes = [wanted.get("tokenizer_class"), meaning.kind if meaning is not None else None]
+        return _is_one_of(found.get("tokenizer_class"), classes) and all(
+            canonical(_bare(found[key])) == known.get(key) for key in found.keys() - _OF_THE_WRITER
+        )
     return canonical(_bare(found)) == canonical(_bare(wanted))
+
+
+def _is_one_of(found: Any, classes: Sequence[Any]) -> bool:
+    """Return whether a tokenizer's class is one of these, its fast or slow twin, or one that reads any tokenizer."""
+    stems = [str(name).removesuffix("Fast") for name in classes if name is not None]
+    return found in (None, *_ANY_TOKENIZER, *stems, *(f"{stem}Fast" for stem in stems))
 
 
 def brings_template(adapter: Listing) -> bool:
@@ -154,6 +166,7 @@ def _meaning(tokenizer: Any) -> Meaning:
         special=canonical([special, sorted(map(str, tokenizer.all_special_tokens))]),
         settings=canonical({name: getattr(tokenizer, name, None) for name in sides}),
         template=canonical(template) if template else "",
+        kind=type(tokenizer).__name__,
         saved=_without_limits(tokenizer.backend_tokenizer) if tokenizer.is_fast else "",
         told={str(key): canonical(_bare(value)) for key, value in tokenizer.init_kwargs.items()},
     )

@@ -135,7 +135,9 @@ def change_json(folder: Path, chance: random.Random) -> str:
         holder = content
         for key in place[:-1]:
             holder = holder[key]
-        value = chance.choice((chance.choice(HUGE), chance.choice(ODD), None, [], {}, True, float("nan"), _nested(80)))
+        value: object = chance.choice(
+            (chance.choice(HUGE), chance.choice(ODD), None, [], {}, True, float("nan"), _nested(80))
+        )
         holder[place[-1]] = value
         told.append(f"{'.'.join(map(str, place))} = {str(value)[:30]!r}")
     path.write_text(json.dumps(content))

@@ -26,7 +26,12 @@ def test_a_tokenizer_that_a_newer_library_wrote_again(tmp_path: Path) -> None:
     (merged / "tokenizer.json").write_text(json.dumps({**content, "padding": None}))
     assert told(base, adapter, merged) == {}
     assert warned(base, adapter, merged) == {"tokenizer_config.json", "tokenizer.json"}
-    for key, value in (("eos_token", "<s>"), ("model_max_length", 7), ("padding_side", "left")):
+    for key, value in (
+        ("eos_token", "<s>"),
+        ("model_max_length", 7),
+        ("padding_side", "left"),
+        ("tokenizer_class", "float8"),
+    ):
         (merged / "tokenizer_config.json").write_text(json.dumps({**again, key: value}))
         assert list(told(base, adapter, merged)) == ["tokenizer_config.json"]
     shutil.copy(base / "tokenizer_config.json", merged)
