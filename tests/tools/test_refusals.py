@@ -76,5 +76,5 @@ def test_an_error_in_another_process_is_seen_with_its_callers(tmp_path: Path) ->
 
     assert b"BrokenCheckpoint" in done.stderr
     seen = [tuple(json.loads(line)) for line in log.read_text().splitlines()]
-    told = next(site for site in sites() if site.key == "runner/checkpoint/layout::_no_weights::BrokenCheckpoint")
+    told = next(site for site in sites() if site.key == "runner/checkpoint/absent::_nothing::BrokenCheckpoint")
     assert any(told.holds(file, line) for file, line in seen)
