@@ -81,7 +81,8 @@ def _copy_changed(after: Tensors, before: Tensors, changed: list[str], copied: l
 
 
 def _key_renamed(after: Tensors, before: Tensors, changed: list[str], copied: list[str]) -> Layer:
-    after[f"model.{changed[-1]}"] = after.pop(changed[-1])
+    # A prefix of the model itself would be the same to transformers, which drops and adds it when it loads.
+    after[f"another.{changed[-1]}"] = after.pop(changed[-1])
     return Layer.STRUCTURE
 
 
@@ -165,7 +166,7 @@ def test_a_model_that_continues_no_text_is_judged_without(tmp_path: Path) -> Non
 
     assert verdict.status is Status.PASS
     (left_out,) = (check for check in verdict.checks if check.outcome is Outcome.SKIPPED)
-    assert "cannot continue a text with this model: list index out of range" in left_out.detail
+    assert "transformers says 'list index out of range'" in left_out.detail
 
 
 @pytest.mark.parametrize("fault", FAULTS)
