@@ -9,15 +9,14 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runner.checkpoint.digests import FileDigest, MergedCheckpoint
-from runner.companions.files import FileOrigins
+from runner.checkpoint.digests import FileDigest, FileOrigins, MergedCheckpoint
 from runner.errors import Problem
-from runner.gpu.turn import GpuWish
+from runner.gpu.wish import GpuWish
 from runner.inputs.allow import Allow
 from runner.inputs.combination import Combination
 from runner.inputs.limits import Evaluation, Limits
 from runner.inputs.rounding import Rounding
-from runner.plan import PlanSummary
+from runner.plan_summary import PlanSummary
 from runner.verify.verdict import Verdict
 from runner.wire import from_data, to_data
 

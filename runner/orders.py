@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from runner.events import Job
-from runner.gpu.turn import GpuWish
+from runner.gpu.wish import GpuWish
 from runner.inputs.read import Inputs
 from runner.launch import Wish
 from runner.owner import owner_of

@@ -23,6 +23,7 @@ from runner.checkpoint.layout import (
     tensor_size_bytes,
 )
 from runner.companions.files import Companion
+from runner.plan_summary import PlanSummary
 
 SAFETENSORS_DTYPES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 NAMES: Mapping[str, str] = {stored: name for name, stored in SAFETENSORS_DTYPES.items()}
@@ -135,41 +136,6 @@ class ShardPlan:
     def size_bytes(self) -> int:
         """Bytes of the whole file."""
         return len(self.header) + sum(tensor.size_bytes for tensor in self.tensors)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanSummary:
-    """The plan in numbers, for people and reports.
-
-    Attributes:
-        peft_type: the adapter's method.
-        output_dtype: of the merged tensors, for example "bfloat16"; several in a base of mixed dtypes.
-        tensors_copied: bytes taken over.
-        tensors_cast: only their dtype changes.
-        tensors_merged: changed by the adapter; includes added ones.
-        tensors_added: not stored by the base.
-        modules: modules of the model that the adapter changes.
-        read_bytes: of base and adapter.
-        write_bytes: of the output's weights.
-        disk_bytes: free space that the work folder needs.
-        peak_memory_bytes: anonymous memory of the merge, runtime included; an estimate from above.
-        judge_memory_bytes: the same of the judgement; a GPU holds most of it where one is used.
-        notes: what the user should know.
-    """
-
-    peft_type: str
-    output_dtype: str
-    tensors_copied: int
-    tensors_cast: int
-    tensors_merged: int
-    tensors_added: int
-    modules: int
-    read_bytes: int
-    write_bytes: int
-    disk_bytes: int
-    peak_memory_bytes: int
-    judge_memory_bytes: int
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,11 +12,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from runner.checkpoint.digests import MergedCheckpoint, digest_folder, digest_of
+from runner.checkpoint.digests import FileOrigins, MergedCheckpoint, digest_folder, digest_of
 from runner.checkpoint.readable import folder_problem
 from runner.companions.archive import FOLDER as ARCHIVE
 from runner.companions.archive import archive
-from runner.companions.files import FileOrigins
 from runner.console.lines import merged_lines, plan_lines, traffic_line, verdict_lines
 from runner.console.progress import Showing
 from runner.converted import Pickles
@@ -32,7 +31,7 @@ from runner.github.commands import GitHub
 from runner.inputs.read import Inputs
 from runner.launch import Worker, launch
 from runner.orders import worker_job, worker_wish
-from runner.plan import PlanSummary
+from runner.plan_summary import PlanSummary
 from runner.preflight import Resolved, check_disks, fetch_base, fetch_merged, open_destination, open_hubs, resolve
 from runner.publish import Destination, EarlyUpload, Release, ToPublish
 from runner.report.record import Record

@@ -20,7 +20,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from runner.checkpoint.digests import MergedCheckpoint
 from runner.errors import Problem
 from runner.inputs.declared import INPUTS
-from runner.plan import PlanSummary
+from runner.plan_summary import PlanSummary
 from runner.report.files import SCHEMA_VERSION, Report
 from runner.verify.verdict import Verdict
 

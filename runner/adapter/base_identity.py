@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from runner.adapter.folder import Adapter
 from runner.errors import InputError, Problem
-from runner.inputs.reference import RepoRef
+from runner.inputs.repo_ref import RepoRef
 from runner.syntax import repo_id_problem
 
 _QUANTISED = re.compile(

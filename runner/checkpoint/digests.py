@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner.errors import BrokenCheckpoint
@@ -23,6 +23,25 @@ class FileDigest:
     path: str
     size_bytes: int
     sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileOrigins:
+    """What came from where, by paths; each list is sorted.
+
+    Attributes:
+        base: carried from the base.
+        adapter: carried from the adapter, by their names in the release.
+        edited: of these, what was changed in them: path → keys.
+        left_of_base: files of the base that the release does not have, hidden ones not named.
+        left_of_adapter: the same of the adapter.
+    """
+
+    base: tuple[str, ...] = ()
+    adapter: tuple[str, ...] = ()
+    edited: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    left_of_base: tuple[str, ...] = ()
+    left_of_adapter: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

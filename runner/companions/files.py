@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoint.digests import plain_name
+from runner.checkpoint.digests import FileOrigins, plain_name
 from runner.checkpoint.pointers import is_pointer, pointer_problem
 from runner.companions.folders import files_of, is_same, module_folders, read_object
 from runner.companions.names import (
@@ -63,25 +63,6 @@ class Companion:
     source: Path
     edits: Mapping[str, Any]
     is_adapters: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileOrigins:
-    """What came from where, by paths; each list is sorted.
-
-    Attributes:
-        base: carried from the base.
-        adapter: carried from the adapter, by their names in the release.
-        edited: of these, what was changed in them: path → keys.
-        left_of_base: files of the base that the release does not have, hidden ones not named.
-        left_of_adapter: the same of the adapter.
-    """
-
-    base: tuple[str, ...] = ()
-    adapter: tuple[str, ...] = ()
-    edited: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    left_of_base: tuple[str, ...] = ()
-    left_of_adapter: tuple[str, ...] = ()
 
 
 def read_config(root: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from runner.companions.files import FileOrigins
+from runner.checkpoint.digests import FileOrigins
 from runner.companions.folders import files_of, is_same, read_object
 from runner.companions.names import CARD, GENERATION, PROCESSOR_FILES, is_sentence_file, is_template, is_tokenizer
 from runner.companions.templates import templates_of

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from runner.events import Merged
 from runner.hub import Traffic
-from runner.plan import PlanSummary
+from runner.plan_summary import PlanSummary
 from runner.verify.verdict import Verdict
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from runner.checkpoint.digests import FileDigest
-from runner.companions.files import FileOrigins
+from runner.checkpoint.digests import FileDigest, FileOrigins
 from runner.documents.card import CardFacts, make_card
 from runner.documents.pictures import picture_files
 from runner.documents.provenance import (
@@ -19,7 +18,7 @@ from runner.documents.provenance import (
     manifest,
     release_digests,
 )
-from runner.plan import PlanSummary
+from runner.plan_summary import PlanSummary
 from runner.signature import SigningKey, sign
 
 

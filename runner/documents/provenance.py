@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoint.digests import FileDigest, digest_file, digest_of
-from runner.companions.files import FileOrigins
+from runner.checkpoint.digests import FileDigest, FileOrigins, digest_file, digest_of
 from runner.companions.folders import module_folders
 from runner.companions.names import WEIGHT_SUFFIXES, may_come_from_adapter
 from runner.inputs.combination import Combination

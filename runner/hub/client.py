@@ -21,7 +21,7 @@ from runner.hub.select import Kind
 from runner.hub.snapshot import Download, RemoteFile, Snapshot, Traffic, Tree
 from runner.hub.transport import DEFAULT_TIMEOUT_S, Caller, Patience, install_client
 from runner.hub.writing import Writing
-from runner.inputs.reference import RepoRef
+from runner.inputs.repo_ref import RepoRef
 from runner.syntax import is_commit, parse_json
 
 if TYPE_CHECKING:

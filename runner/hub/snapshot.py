@@ -31,7 +31,7 @@ from runner.hub.counting import Meter, OnDownload
 from runner.hub.outline import write_stand_in
 from runner.hub.select import Kind, check_adapter, companions, seen_only, weights_or_index
 from runner.hub.transport import Caller
-from runner.inputs.reference import RepoRef
+from runner.inputs.repo_ref import RepoRef
 from runner.syntax import parse_json
 
 if TYPE_CHECKING:

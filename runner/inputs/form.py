@@ -14,7 +14,8 @@ from runner.inputs.allow import Allow, entry_problem
 from runner.inputs.combination import KINDS, MAJORITIES, PRUNING, RANDOM, VOTING, Combination
 from runner.inputs.declared import INPUTS
 from runner.inputs.prompts import read_prompts
-from runner.inputs.reference import RepoRef, read_reference
+from runner.inputs.reference import read_reference
+from runner.inputs.repo_ref import RepoRef
 from runner.inputs.sources import nearest
 from runner.inputs.workspace import Workspace
 from runner.signature import SigningKey, read_signing_key

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from runner.inputs.form import Form
-from runner.inputs.reference import RepoRef
+from runner.inputs.repo_ref import RepoRef
 from runner.syntax import endpoint_problem, repo_id_problem, revision_problem, tag_problem
 
 FOLDER = "dir:"

@@ -20,7 +20,7 @@ from runner.inputs.form import Form
 from runner.inputs.limits import Evaluation, Limits
 from runner.inputs.machine import Machine, read_machine
 from runner.inputs.placement import Placement, check_placement, check_sources, read_placement
-from runner.inputs.reference import RepoRef
+from runner.inputs.repo_ref import RepoRef
 from runner.inputs.rounding import Rounding
 from runner.inputs.terms import read_evaluation, read_limits, read_rounding
 from runner.inputs.workspace import Workspace

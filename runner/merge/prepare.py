@@ -13,8 +13,9 @@ from pathlib import Path
 
 from runner.adapter.combinable import check_combinable
 from runner.adapter.folder import read_adapter
+from runner.checkpoint.digests import FileOrigins
 from runner.checkpoint.layout import INDEX_FILE, read_checkpoint
-from runner.companions.files import FileOrigins, find_companions, read_config, trace
+from runner.companions.files import find_companions, read_config, trace
 from runner.companions.names import is_template, is_tokenizer
 from runner.companions.notes import check_tokenizer, companion_notes
 from runner.inputs.combination import Combination

@@ -19,7 +19,7 @@ from runner.documents.pictures import picture_files
 from runner.documents.provenance import CHECKSUMS
 from runner.errors import Problem, RunnerError, disk_full
 from runner.owner import give, owner_of
-from runner.plan import PlanSummary
+from runner.plan_summary import PlanSummary
 from runner.report import summary
 from runner.report.summary import Published
 from runner.verify.verdict import PASSED, Check, Layer, Outcome, Status, Verdict

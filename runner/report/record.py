@@ -13,7 +13,7 @@ from runner.documents.provenance import Origin
 from runner.errors import Problem
 from runner.hub import Traffic
 from runner.inputs.read import Inputs
-from runner.plan import PlanSummary
+from runner.plan_summary import PlanSummary
 from runner.publish import Release
 from runner.report.files import Report
 from runner.verify.verdict import Verdict

@@ -10,7 +10,7 @@ from runner.documents.canvas import Picture
 from runner.documents.markdown import block, code, details, escape, prose, table
 from runner.documents.provenance import REPORT_FOLDER
 from runner.errors import Problem
-from runner.plan import PlanSummary
+from runner.plan_summary import PlanSummary
 from runner.verify.figures import Native
 from runner.verify.verdict import Check, Continuation, Diagnosis, Layer, ModuleRow, Outcome, Quality, Status, Verdict
 

@@ -10,7 +10,7 @@ import pytest
 
 from runner.checkpoint.digests import FileDigest, MergedCheckpoint
 from runner.errors import Problem, RunnerError
-from runner.plan import PlanSummary
+from runner.plan_summary import PlanSummary
 from runner.publish import Release
 from runner.report.files import Report
 from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from runner.errors import UnsupportedAdapter, UnsupportedCheckpoint
-from runner.inputs.reference import RepoRef
+from runner.inputs.repo_ref import RepoRef
 from tests.publish.test_snapshot import base_files, names, unwanted_files, write
 from tests.publish.world import World
 

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub.utils import _xet
 
 from runner.hub import connect
-from runner.inputs.reference import RepoRef
+from runner.inputs.repo_ref import RepoRef
 from runner.publish import upload
 from tests.hub.faults import Kind
 from tests.hub.xetclient import use_xet

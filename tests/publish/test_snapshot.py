@@ -22,7 +22,7 @@ from runner.errors import (
     UnsupportedCheckpoint,
 )
 from runner.hub import RemoteFile, connect, snapshot
-from runner.inputs.reference import RepoRef
+from runner.inputs.repo_ref import RepoRef
 from tests.publish.world import World
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

@@ -10,7 +10,7 @@ import pytest
 from runner.adapter.base_identity import departures, is_quantised, named_base
 from runner.adapter.folder import Adapter
 from runner.errors import InputError
-from runner.inputs.reference import RepoRef
+from runner.inputs.repo_ref import RepoRef
 
 QUANTISED = (
     "unsloth/llama-3-8b-bnb-4bit",

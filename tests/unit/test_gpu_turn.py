@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 
 from runner.errors import LaunchError, NotEnoughMemory
-from runner.gpu.turn import GpuWish, free_bytes, take_turn
+from runner.gpu.turn import free_bytes, take_turn
+from runner.gpu.wish import GpuWish
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import sys, time
 from pathlib import Path
-from runner.gpu.turn import GpuWish, take_turn
+from runner.gpu.turn import take_turn
+from runner.gpu.wish import GpuWish
 take_turn(GpuWish(min_free_bytes=0, wait_s=0, locks=Path(sys.argv[1]), holder="octo/other 17 merge"), ["GPU-a"], print)
 print("held", flush=True)
 time.sleep(60)

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from runner.checkpoint.digests import FileDigest, digest_of
-from runner.companions.files import FileOrigins
+from runner.checkpoint.digests import FileDigest, FileOrigins, digest_of
 from runner.documents.provenance import AdapterOrigin, adapter_digest, base_digest, manifest, quality_numbers, rounded
 from runner.inputs.combination import Combination
 from runner.inputs.rounding import Rounding

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from runner.checkpoint.digests import FileDigest, MergedCheckpoint
 from runner.errors import AdapterMismatch, Problem, RunnerError, rebuild
 from runner.events import Failed, Job, Judged, Merged, Progress, decode, decode_job, encode
-from runner.gpu.turn import GpuWish
+from runner.gpu.wish import GpuWish
 from runner.inputs.combination import Combination
 from runner.inputs.limits import Evaluation, Limits, QualityLimit, Tolerance
 from runner.inputs.rounding import Rounding
