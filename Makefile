@@ -25,7 +25,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fix lock image sbom bench clean
+.PHONY: help setup demo test check fix lock image bench clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -100,11 +100,8 @@ lock: $(READY) ## requirements*.in to requirements*.lock; UV_ARGS=--upgrade take
 image: ## the container image
 	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) --build-arg TORCH='$(TORCH)' -t $(IMAGE) .
 
-sbom: $(READY) ## what $(IMAGE) holds, as CycloneDX in sbom.cdx.json, held against requirements.lock
-	$(BIN)/python -m tools.sbom $(IMAGE) --output sbom.cdx.json
-
 bench: $(READY) ## wall time and memory beside copies, PEFT and, where `python -m bench.peers setup` was run, other peers
 	$(BIN)/python -m bench.merge $(BENCH_ARGS)
 
 clean: ## remove what the targets made, the demo's downloads included
-	rm -rf $(VENV) .demo .bench .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis lora-merge-report sbom.cdx.json
+	rm -rf $(VENV) .demo .bench .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis lora-merge-report

@@ -4,8 +4,8 @@
 
 Runs `mode: plan` on a tiny model in a new container, again and again, and reads the clock from `docker run` until the
 first line of the log, until the line `Worker:` (torch, transformers and peft are imported, the device is known), and
-until the container is gone. Writes docs/cold-start.json, from which `python -m tools.tables` makes the table in
-docs/image.md. With `--drop-caches` (root) the kernel forgets all files before each run, as after a reboot.
+until the container is gone. Writes tests/records/cold-start.json, from which `python -m tools.tables` makes the table
+in docs/image.md. With `--drop-caches` (root) the kernel forgets all files before each run, as after a reboot.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 from bench.synthetic import ALL_LINEAR, write_adapter, write_base
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "cold-start.json"
+RESULTS = ROOT / "tests" / "records" / "cold-start.json"
 READY = "Worker: "
 BASE_BYTES = 20_000_000
 LARGE_LAYER_BYTES = 10_000_000

@@ -261,7 +261,7 @@ def command(arguments: argparse.Namespace) -> str:
     what += ["--minutes", f"{arguments.minutes:g}"] if arguments.minutes != float("inf") else []
     what += ["--r", str(arguments.r)] if arguments.r != 16 else []
     only = [word for name in arguments.only for word in ("--only", shlex.quote(name))]
-    kept = ["--add-to", "docs/benchmarks.json"] if arguments.add_to else []
+    kept = ["--add-to", "tests/records/benchmarks.json"] if arguments.add_to else []
     return " ".join(["python -m bench.merge", *what, *only, *kept, "--write docs/benchmarks.md"])
 
 

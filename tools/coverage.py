@@ -1,7 +1,6 @@
 """Write docs/coverage.md: what is merged, from the tests' own case tables, what is refused, and how exact it is.
 
-python -m tools.coverage            rewrite it; measures the cases that docs/exactness.json does not know yet;
-                                    rewrites docs/refusals.md, too, from what is known
+python -m tools.coverage            rewrite it; measures the cases that tests/records/exactness.json does not know yet
 python -m tools.coverage --measure  rewrite it; measures every case again
 python -m tools.coverage --check    say whether it is out of date, and fail; measures nothing
 """
@@ -15,14 +14,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from runner.adapter.methods import LORA_INITS, LORA_VARIANTS, METHODS, REFUSED_FIELDS
-from tools import refusals
 from tools.exactness import Measured, measure
 from tools.suites import Suite, builder, describe_dtype, describe_structure, describe_tuner, read_suites
 from tools.tables import table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "coverage.md"
-NUMBERS = ROOT / "docs" / "exactness.json"
+NUMBERS = ROOT / "tests" / "records" / "exactness.json"
 Numbers = dict[str, Measured | None]
 
 
@@ -38,7 +36,7 @@ def main(arguments: list[str]) -> int:
     numbers = {key: known[key] if key in known else _measure(key, suites) for key in _measurable(suites)}
     NUMBERS.write_text(_to_json(numbers), "utf-8")
     PAGE.write_text(render(suites, numbers), "utf-8")
-    return refusals.main([])
+    return 0
 
 
 def read_numbers() -> Numbers:
@@ -60,8 +58,8 @@ def render(suites: Iterable[Suite], numbers: Numbers) -> str:
         "## Merged",
         *(_suite(suite) for suite in suites),
         "## Refused",
-        "Before a base is downloaded, by what `adapter_config.json` says. Every other refusal, with the test that "
-        "provokes it, is in [refusals.md](refusals.md).",
+        "Before a base is downloaded, by what `adapter_config.json` says. Every other refusal is in "
+        "[troubleshooting.md](troubleshooting.md), and `tests/records/refusals.json` has the test that provokes it.",
         table(("In adapter_config.json", "Why it is not merged"), _refusals()),
         "## Exactness",
         _EXACTNESS,

@@ -1,6 +1,6 @@
 """Change the judge's code in one place at a time, and see whether the tests notice.
 
-    python -m tools.mutants                        all that have no result yet; writes docs/mutants.json
+    python -m tools.mutants                        all that have no result yet; writes tests/records/mutants.json
     python -m tools.mutants --modules elements     of one module
     python -m tools.mutants --tests elements       ask tests/verify/test_elements.py only
     python -m tools.mutants --again                the survivors that nobody has explained
@@ -35,7 +35,7 @@ from coverage import Coverage
 
 from tools.mutations import ROOT, Mutant, install, mutants, path_of
 
-NUMBERS = ROOT / "docs" / "mutants.json"
+NUMBERS = ROOT / "tests" / "records" / "mutants.json"
 TIMEOUT_S = 240
 ALIVE = ("survived", "not run")  # no test fails; no test runs the line
 # Why a mutant may survive: no behaviour differs; only time and memory do; the judge only gets stricter; only what a

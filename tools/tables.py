@@ -4,8 +4,9 @@
     python -m tools.tables --check   say which is out of date, and fail
 
 A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; its sources are action.yml, runner/errors.py,
-every message of runner/ (see `tools.troubleshooting`), docs/faults.json (of `python -m bench.faults`),
-docs/cold-start.json (of `python -m bench.cold_start`) and docs/mutants.json (of `python -m tools.mutants`). Two files
+every message of runner/ (see `tools.troubleshooting`), tests/records/faults.json (of `python -m bench.faults`),
+tests/records/cold-start.json (of `python -m bench.cold_start`) and tests/records/mutants.json (of
+`python -m tools.mutants`). Two files
 are written whole: action-types.yml, see `tools.typings`, and docs/report.schema.json, see `tools.schema`.
 """
 
@@ -131,7 +132,7 @@ def fault_table() -> str:
 
 def cold_start_table() -> str:
     """Return size and start of each image that was measured, a Markdown table for each."""
-    results: dict[str, dict[str, Any]] = json.loads((ROOT / "docs" / "cold-start.json").read_bytes())
+    results: dict[str, dict[str, Any]] = json.loads((ROOT / "tests" / "records" / "cold-start.json").read_bytes())
     return "\n".join(table((f"Image for the {name.upper()}", ""), rows(found)) for name, found in results.items())
 
 

@@ -1,4 +1,4 @@
-"""What the fault suite found, as `docs/faults.json`, and as the tables of `docs/verification.md` made from it."""
+"""What the fault suite found, as `tests/records/faults.json`, and as tables of `docs/verification.md` made from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-NUMBERS = Path(__file__).resolve().parent.parent.parent / "docs" / "faults.json"
+NUMBERS = Path(__file__).resolve().parent.parent.parent / "tests" / "records" / "faults.json"
 ADAPTERS = ("strong", "dora", "saved", "mild", "tiny")
 DTYPES = {"auto": "bf16", "float16": "fp16", "float32": "fp32"}
 CRITERIA = {
@@ -21,7 +21,7 @@ LIMITS = {name: "0" if name.startswith("storage") else "1e-4" for name in CRITER
 
 
 def write_report(entries: Sequence[Mapping[str, Any]]) -> int:
-    """Bring `docs/faults.json` up to date; return 1 where a wrong merge was missed or misnamed, or a right one failed.
+    """Bring the record up to date; return 1 where a wrong merge was missed or misnamed, or a right one failed.
 
     What these results have nothing about stays: the other cells of the table, others' merges, right merges. A margin is
     the least that was seen.
@@ -104,7 +104,7 @@ def _margins(good: Sequence[Mapping[str, Any]], bad: Sequence[Mapping[str, Any]]
 
 
 def read_numbers() -> Mapping[str, Any]:
-    """Return the content of `docs/faults.json`."""
+    """Return the content of `tests/records/faults.json`."""
     content: Mapping[str, Any] = json.loads(NUMBERS.read_bytes())
     return content
 

@@ -107,7 +107,7 @@ def test_runs_of_another_machine_are_not_added_to(
 
     assert document["cases"] == measured["cases"]
     assert document["command"].splitlines()[0] == "python -m bench.merge"
-    assert "--full --case 5 --add-to docs/benchmarks.json" in document["command"]
+    assert "--full --case 5 --add-to tests/records/benchmarks.json" in document["command"]
     earlier.write_text(json.dumps(measured | {"machine": describe() | {"cpu": "another"}}))
     with pytest.raises(SystemExit, match="not of this machine"):
         begin(parse())

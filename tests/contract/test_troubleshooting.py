@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from runner.errors import EXIT_CANCELLED, EXIT_INTERNAL, EXIT_VERDICT_FAILED, RunnerError, families
+from tools.messages import GAP, Message, messages_of, read_messages
 from tools.tables import wanted
-from tools.troubleshooting import GAP, Message, messages_of, read_messages
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")

@@ -17,7 +17,8 @@ import pytest
 from tests.contract.test_troubleshooting import CODES
 from tests.hub.faults import FOREVER, Kind
 from tests.pipeline.conftest import ROOT, TARGET, Action
-from tools.troubleshooting import SPECIAL, Message, read_messages
+from tools.messages import Message, read_messages
+from tools.troubleshooting import SPECIAL
 
 Run = Callable[[Action, Path, Path], tuple[int, str]]
 

@@ -1,8 +1,13 @@
-"""Where `runner` refuses: every place that says what happened, why, and what to do, found by reading the source."""
+"""Where `runner` refuses, and what it says there: every place and every message, found by reading the source.
+
+An error is written where it is raised, as `Family(what, why=…, fix=…)`. What a message takes from the run is shown as
+`…`. A message whose `what` is made elsewhere cannot be read here; the function that makes it has it.
+"""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +18,17 @@ from runner import errors
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = frozenset(family.__name__ for family in errors.families())
 NOUNS = FAMILIES | {"Problem", "InputError"}
+GAP = "…"
+# Functions that put a problem among those of the inputs.
+_INPUTS = frozenset({"Problem", "add", "require", "_unknown"})
+# Rooms whose `Problem` is not one of the inputs.
+_OTHERS = {"runner/gpu/diagnosis.py": "LaunchError"}
+_NOT_HERE = frozenset({"runner/errors.py", "runner/supervisor.py"})  # the latter's are in SPECIAL
+_TIMEOUT = (
+    f"The phase `{GAP}` took longer than {GAP} minutes.",
+    "`phase-timeout-minutes` ends a phase that hangs, so that there is time left to clean up.",
+    "If the phase needs more time, set `phase-timeout-minutes` higher; the log says how far it was.",
+)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -25,7 +41,6 @@ class Site:
         file: relative to the repository.
         first, last: its lines, from 1.
         family: class of the error, "input" for a problem of the inputs.
-        text: the first words of the message as the source has them; "" where they come from elsewhere.
     """
 
     key: str
@@ -33,7 +48,6 @@ class Site:
     first: int
     last: int
     family: str
-    text: str
 
     def holds(self, file: str, line: int) -> bool:
         """Return whether that line is of this site."""
@@ -80,7 +94,7 @@ class _Module:
             numbers[key] += 1
             yield Site(
                 key=key + (f"::{numbers[key]}" if numbers[key] > 1 else ""), file=self._file,
-                first=call.lineno, last=call.end_lineno or call.lineno, family=family, text=_text(call),
+                first=call.lineno, last=call.end_lineno or call.lineno, family=family,
             )  # fmt: skip
 
     def _visit(self, node: ast.AST, inside: tuple[str, ...]) -> None:
@@ -125,13 +139,70 @@ def _returned(function: Function) -> str:
     return next((word.rpartition(".")[2] for word in words if word.rpartition(".")[2] in NOUNS), "")
 
 
-def _text(call: ast.Call) -> str:
-    what = next((keyword.value for keyword in call.keywords if keyword.arg == "what"), None)
-    what = what if what is not None else (call.args[0] if call.args else None)
-    while isinstance(what, ast.BinOp):
-        what = what.left
-    if isinstance(what, ast.Constant) and isinstance(what.value, str):
-        return what.value
-    if not isinstance(what, ast.JoinedStr):
-        return ""
-    return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in what.values)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """What can be told, with gaps for what depends on the run."""
+
+    family: str
+    what: str
+    why: str
+    fix: str
+
+    def matches(self, what: str) -> bool:
+        """Return whether this is the message that a run told."""
+        pattern = ".*".join(re.escape(part) for part in self.what.split(GAP))
+        return re.fullmatch(pattern, what, re.DOTALL) is not None
+
+
+def read_messages() -> tuple[Message, ...]:
+    """Return every message that the source holds, by module and line."""
+    found = [
+        message
+        for path in sorted((ROOT / "runner").rglob("*.py"))
+        if (name := path.relative_to(ROOT).as_posix()) not in _NOT_HERE
+        for message in messages_of(name, ast.parse(path.read_text("utf-8")))
+    ]
+    what, why, fix = _TIMEOUT
+    found.append(Message(family="PhaseTimeout", what=what, why=why, fix=fix))
+    return tuple(dict.fromkeys(found))
+
+
+def messages_of(name: str, tree: ast.Module) -> Iterator[Message]:
+    """Yield the messages of one module.
+
+    Args:
+        name: its path in the repository.
+        tree: its source.
+    """
+    known = FAMILIES | {"InputError"}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = _name(node.func)
+        given = {keyword.arg: keyword.value for keyword in node.keywords}
+        if not {"why", "fix"} <= given.keys() or called not in known | _INPUTS:
+            continue
+        told = given.get("what") or (node.args[0] if node.args else None)
+        what = _text(told) if told is not None else GAP
+        if not what.replace(GAP, "").strip(" .:"):
+            continue  # made elsewhere
+        family = called if called in known else _OTHERS.get(name, "InputError")
+        yield Message(family=family, what=what, why=_text(given["why"]), fix=_text(given["fix"]))
+
+
+def _text(node: ast.expr) -> str:
+    """Return a text of the source, with a gap for each part that is not known before a run."""
+    if isinstance(node, ast.IfExp):
+        either, other = _part(node.body), _part(node.orelse)
+        return GAP if GAP in (either, other) else f"{either} / {other}"
+    return _part(node)
+
+
+def _part(node: ast.expr) -> str:
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_part(part) for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _part(node.left) + _part(node.right)
+    return GAP
