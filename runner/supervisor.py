@@ -186,7 +186,7 @@ def _tell(github: GitHub, record: Record, code: int) -> int:
     def write_report() -> None:
         outputs["report-path"] = ""
         if record.inputs is not None:
-            outputs["report-path"] = record.inputs.workspace.show(report.write(record.inputs.report_dir))
+            outputs["report-path"] = record.inputs.workspace.show(report.write(record.inputs.report_dir, github.redact))
 
     try_to(write_report)
     try_to(lambda: github.append_summary(report.to_markdown()))

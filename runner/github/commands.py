@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Protocol
 
 from runner.errors import Problem, RunnerError
+from runner.masking import hide
 
 MAX_SUMMARY_BYTES = 900 << 10  # the runner drops a summary above 1 MiB as a whole
 MAX_MESSAGE_CHARS = 3_500  # it cuts a message at 4096
 MAX_TITLE_CHARS = 200
 MAX_ANNOTATIONS = 10  # of each kind in one step; the rest would be dropped
-MIN_REDACTED_CHARS = 6  # a shorter secret would black out half of the log
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -66,17 +66,13 @@ class GitHub:
         for line in {line.strip() for line in (value, *value.splitlines())}:
             if not line:
                 continue
+            self._secrets.append(line)
             if self.is_active:
                 self._print(f"::add-mask::{_escape_data(line)}")
-            if len(line) >= MIN_REDACTED_CHARS:
-                self._secrets.append(line)
-        self._secrets.sort(key=len, reverse=True)  # a secret inside another must not break it up
 
     def redact(self, text: str) -> str:
-        """Return `text` with every masked value replaced by `***`."""
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
+        """Return `text` with every masked value replaced by `***`; see `runner.masking`."""
+        return hide(text, self._secrets)
 
     def begin_group(self, title: str) -> None:
         """Fold everything that is said from now on under `title`. A group that is open ends: the runner nests none."""

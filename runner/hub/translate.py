@@ -20,6 +20,7 @@ from runner.errors import (
     RepoNotFound,
     RunnerError,
 )
+from runner.masking import MASK, hide
 
 MAX_SERVER_TEXT_CHARS = 300
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 522, 524})
@@ -57,10 +58,8 @@ def client_errors() -> tuple[type[Exception], ...]:
 
 def clean(text: object, secrets: tuple[str, ...] = ()) -> str:
     """Return `text` on one line, without tokens, credentials in URLs, and queries of URLs; at most 300 characters."""
-    line = str(text)
-    for secret in secrets:
-        line = line.replace(secret, "***")
-    line = _URL_SECRETS.sub(r"\1\2", _TOKENS.sub("***", line))
+    line = hide(str(text), secrets)
+    line = _URL_SECRETS.sub(r"\1\2", _TOKENS.sub(MASK, line))
     line = " ".join(_UNPRINTABLE.sub(" ", line).split())
     return line if len(line) <= MAX_SERVER_TEXT_CHARS else line[: MAX_SERVER_TEXT_CHARS - 1] + "…"
 

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -157,8 +157,12 @@ class Report:
         parts.append(summary.timings_section(self.phases))
         return "\n\n".join(part for part in parts if part) + "\n"
 
-    def write(self, report_dir: Path) -> Path:
+    def write(self, report_dir: Path, hide: Callable[[str], str] = str) -> Path:
         """Write report.json, report.md and the pictures into `report_dir`, each whole or not at all.
+
+        Args:
+            report_dir: made if absent.
+            hide: takes secrets out of a text.
 
         Returns:
             The path of the JSON.
@@ -171,8 +175,8 @@ class Report:
             files = {
                 **picture_files(self.pictures),
                 **({CHECKSUMS: self.checksums} if self.checksums else {}),
-                MARKDOWN_FILE: self.to_markdown(has_files=True).encode("utf-8", "replace"),
-                JSON_FILE: self.to_json().encode("utf-8", "replace"),
+                MARKDOWN_FILE: hide(self.to_markdown(has_files=True)).encode("utf-8", "replace"),
+                JSON_FILE: hide(self.to_json()).encode("utf-8", "replace"),
             }
             made += [_write(report_dir / name, content) for name, content in files.items()]
             give(made, owner_of(report_dir if report_dir not in made else made[0].parent))

@@ -13,7 +13,7 @@ import secrets
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -56,6 +56,8 @@ def _forms_of_line(value: str) -> Iterator[bytes]:
     yield raw
     yield raw.hex().encode()
     yield quote(value, safe="").encode()
+    yield "".join(f"%{byte:02x}" for byte in raw).encode()
+    yield "".join(f"\\u{ord(char):04x}" for char in value).encode()
     for shift in range(3):  # wherever it stands in what was encoded; the ends depend on their neighbours
         encoded = base64.b64encode(b"\0" * shift + raw)
         yield encoded[4 if shift else 0 : -4]
@@ -256,8 +258,22 @@ def test_what_a_job_gets_for_its_identity_is_nowhere_either(scene: Scene, monkey
         assert f"::add-mask::{token}" in log
 
 
-def test_no_secret_is_in_what_an_error_tells_though_the_hub_repeats_it(scene: Scene) -> None:
-    told = " ".join(scene.planted.values[name] for name in ("hf-token", "base-token"))  # all that a Hub ever gets
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda text: text,
+        lambda text: base64.b64encode(f"user:{text}".encode()).decode(),
+        lambda text: text.encode().hex(),
+        lambda text: "".join(f"%{byte:02x}" for byte in text.encode()),
+        lambda text: "".join(f"\\u{ord(char):04x}" for char in text),
+    ],
+    ids=["as it is", "base64", "hex", "percent", "JSON"],
+)
+def test_no_secret_is_in_what_an_error_tells_though_the_hub_repeats_it(
+    scene: Scene, spell: Callable[[str], str]
+) -> None:
+    # All that a Hub ever gets.
+    told = " ".join(spell(scene.planted.values[name]) for name in ("hf-token", "base-token"))
     scene.hub.fail("commit", Kind.STATUS, times=FOREVER, status=400, headers={"X-Error-Message": told})
 
     code, log, watch = scene.run()
