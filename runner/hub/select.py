@@ -34,6 +34,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _ARCHIVE = "adapter/"  # of a release that keeps its adapter
+_MODULE = re.compile(r"\d+_[^/]+/")  # as sentence-transformers names the folder of a module
 
 
 def weights_or_index(paths: Iterable[str], *, named: str, pickles: bool = False) -> str:
@@ -155,4 +156,6 @@ def _is_taken(path: str, kind: Kind, modules: tuple[str, ...], lone: Collection[
         return is_own(path) or path == CARD or may_come_from_adapter(path)
     if kind == "base":
         return path == CARD or comes_along(path, modules, lone)
-    return not is_weights(path) or (path.startswith(_ARCHIVE) and not is_pickle(path))
+    # A merge may have lost modules.json; the weights of its modules are judged nevertheless.
+    is_nested = path.startswith(_ARCHIVE) or _MODULE.match(path) is not None
+    return not is_weights(path) or (is_nested and not is_pickle(path))
