@@ -4,7 +4,7 @@
 import os
 import sys
 
-from runner.cleanup import main
+from runner.supervisor.cleanup import main
 
 if __name__ == "__main__":
     sys.exit(main(os.environ))

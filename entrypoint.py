@@ -4,7 +4,7 @@
 import os
 import sys
 
-from runner.supervisor import main
+from runner.supervisor.main import main
 
 if __name__ == "__main__":
     sys.exit(main(os.environ, sys.argv[1:]))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from runner.checkpoint.layout import INDEX_FILE, build_header
+from runner.files.layout import INDEX_FILE, build_header
 
 VOCAB = 32000
 SHARD_BYTES = 2_000_000_000

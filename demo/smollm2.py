@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from demo import DemoError
-from runner.checkpoint.digests import digest_file, digest_folder, digest_of
+from runner.protocol.digests import digest_file, digest_folder, digest_of
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

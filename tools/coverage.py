@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from runner.adapter.methods import LORA_INITS, LORA_VARIANTS, METHODS, REFUSED_FIELDS
+from runner.files.adapter.methods import LORA_INITS, LORA_VARIANTS, METHODS, REFUSED_FIELDS
 from tools.exactness import Measured, measure
 from tools.suites import Suite, builder, describe_dtype, describe_structure, describe_tuner, read_suites
 from tools.tables import table

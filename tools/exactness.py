@@ -24,7 +24,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from runner.verify.tensors import ulp
+from runner.judge.numbers.tensors import ulp
 from tests.parity import models, oracle
 from tests.parity.pipeline import run_merge
 

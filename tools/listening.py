@@ -18,7 +18,7 @@ def listen(log: str) -> None:
 
     Each is one write of one line, so that processes that are killed or write at once leave whole lines.
     """
-    from runner import errors
+    from runner.protocol import errors
 
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
     told: Any = errors.Problem.__init__

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner import errors
+from runner.protocol import errors
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = frozenset(family.__name__ for family in errors.families())
@@ -22,8 +22,8 @@ GAP = "…"
 # Functions that put a problem among those of the inputs.
 _INPUTS = frozenset({"Problem", "add", "require", "_unknown"})
 # Rooms whose `Problem` is not one of the inputs.
-_OTHERS = {"runner/gpu/diagnosis.py": "LaunchError"}
-_NOT_HERE = frozenset({"runner/errors.py", "runner/supervisor.py"})  # the latter's are in SPECIAL
+_OTHERS = {"runner/worker/gpu/diagnosis.py": "LaunchError"}
+_NOT_HERE = frozenset({"runner/protocol/errors.py", "runner/supervisor/main.py"})  # the latter's are in SPECIAL
 _TIMEOUT = (
     f"The phase `{GAP}` took longer than {GAP} minutes.",
     "`phase-timeout-minutes` ends a phase that hangs, so that there is time left to clean up.",
@@ -57,14 +57,14 @@ class Site:
 def sites(root: Path = ROOT) -> tuple[Site, ...]:
     """Return every site of `runner`, by file and line.
 
-    A site is a call that is given `why` and `fix`, or that builds one of `runner.errors`' classes. Where a private
-    function of a module builds one error for several callers, each of the callers is a site in its place. The classes'
-    own constructors, and what they are rebuilt with from a worker's message, are none.
+    A site is a call that is given `why` and `fix`, or that builds one of `runner.protocol.errors`' classes. Where a
+    private function of a module builds one error for several callers, each of the callers is a site in its place. The
+    classes' own constructors, and what they are rebuilt with from a worker's message, are none.
     """
     found: list[Site] = []
     for path in sorted((root / "runner").rglob("*.py")):
         name = str(path.relative_to(root))
-        if name != "runner/errors.py":
+        if name != "runner/protocol/errors.py":
             found.extend(_Module(name, ast.parse(path.read_text("utf-8"))).sites())
     return tuple(found)
 

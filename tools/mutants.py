@@ -2,7 +2,7 @@
 
     python -m tools.mutants                        all that have no result yet; writes tests/records/mutants.json
     python -m tools.mutants --modules elements     of one module
-    python -m tools.mutants --tests elements       ask tests/verify/test_elements.py only
+    python -m tools.mutants --tests elements       ask tests/judge/test_elements.py only
     python -m tools.mutants --again                the survivors that nobody has explained
     python -m tools.mutants --all                  every one, whatever is known of it
     python -m tools.mutants --show                 the survivors, each with its line, its code and why it may survive
@@ -43,12 +43,12 @@ ALIVE = ("survived", "not run")  # no test fails; no test runs the line
 CLASSES = ("equivalent", "speed", "stricter", "words")
 # What decides whether a folder passes: the gates, and what they hold it against.
 MODULES = (
-    "judge", "storage", "elements", "comparison", "exact", "tensors", "modules", "structure", "outputs", "case",
-    "chance", "experts", "filling", "forward", "fused", "gates", "recipe", "targets", "verdict", "wrapped",
+    "judge", "storage", "elements", "comparison", "exact", "tensors", "semantics", "structure", "outputs", "case",
+    "stochastic", "experts", "filling", "forward", "fused", "gates", "recipe", "targets", "verdict", "wrapped",
 )  # fmt: skip
 TESTS = (
-    "alternatives", "case", "chance", "comparison", "config_rules", "diagnosis", "doubt", "elements", "exact",
-    "experts", "filling", "forward", "fused", "gates", "judge", "modules", "outputs", "recipe", "rounding",
+    "alternatives", "case", "stochastic", "comparison", "config_rules", "diagnosis", "doubt", "elements", "exact",
+    "experts", "filling", "forward", "fused", "gates", "judge", "semantics", "outputs", "recipe", "rounding",
     "semantics", "storage", "stream_judge", "structure", "targets", "tensors", "verdict", "wrapped",
     "wrong_merges", "parity/test_expert_layouts", "parity/test_old_experts", "unit/test_rounding",
 )  # fmt: skip
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--tests",
         nargs="+",
         default=list(TESTS),
-        help="of tests/verify, without `test_` and `.py`; or below tests, without `.py`",
+        help="of tests/judge, without `test_` and `.py`; or below tests, without `.py`",
     )
     parser.add_argument("--again", action="store_true", help="run unexplained survivors once more, too")
     parser.add_argument("--all", action="store_true", help="run all of them once more")
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     todo = [m for m in wanted if options.all or m.name not in known or (options.again and _is_open(known[m.name]))]
     plugin = Mutator(todo, options.file, until=time.monotonic() + 60 * options.minutes, limit_s=options.seconds)
-    places = [name if "/" in name else f"verify/test_{name}" for name in options.tests]
+    places = [name if "/" in name else f"judge/test_{name}" for name in options.tests]
     tests = [str(ROOT / "tests" / f"{place}.py") for place in places]
     return int(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:warnings", *tests], plugins=[plugin]))
 

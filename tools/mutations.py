@@ -29,7 +29,7 @@ class Mutant:
     """One change.
 
     Attributes:
-        module: of `runner.verify`.
+        module: of `runner.judge`.
         function: its qualified name.
         line: in the file.
         first_line: of the statement, or of its head, that it belongs to.
@@ -55,7 +55,7 @@ class Mutant:
 
 
 def mutants(module: str) -> Iterator[Mutant]:
-    """Yield every mutant of a module of `runner.verify`."""
+    """Yield every mutant of a module of `runner.judge`."""
     text = path_of(module).read_text("utf-8")
     lines = text.splitlines()
     tree = ast.parse(text)
@@ -76,8 +76,10 @@ def mutants(module: str) -> Iterator[Mutant]:
 
 
 def path_of(module: str) -> Path:
-    """Return the file of a module of `runner.verify`."""
-    return ROOT / "runner" / "verify" / f"{module}.py"
+    """Return the file of a module of `runner.judge`."""
+    rooms = (ROOT / "runner" / "judge", ROOT / "runner" / "protocol")
+    found = (path for room in rooms for path in sorted(room.rglob(f"{module}.py")))
+    return next(path for path in found if path.parent.name != "diagnosis")
 
 
 def _functions(tree: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef]]:
@@ -164,7 +166,7 @@ def code_of(mutant: Mutant) -> CodeType:
 
 def install(mutant: Mutant) -> None:
     """Give the function in this process the mutant's code, wherever it was imported to."""
-    place: Any = importlib.import_module(f"runner.verify.{mutant.module}")
+    place: Any = importlib.import_module(".".join(path_of(mutant.module).relative_to(ROOT).with_suffix("").parts))
     *outer, last = mutant.function.split(".")
     for name in outer:
         place = getattr(place, name)

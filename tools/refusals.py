@@ -31,15 +31,16 @@ from tools.messages import ROOT, Site, sites
 NUMBERS = ROOT / "tests" / "records" / "refusals.json"
 Record = dict[str, str]
 IN_CONTAINERS: Mapping[str, str] = {
-    "runner/launch/again::start_again::LaunchError": (
+    "runner/supervisor/launch/again::start_again::LaunchError": (
         "tests/e2e/test_siblings.py::test_a_folder_of_the_system_is_no_cache"
     ),
 }
 # What no test provokes, and why.
 OPEN: Mapping[str, str] = {
-    "runner/merge/units::_other_side::AdapterMismatch": "a guard: `model.vocabulary` refuses what leads here",
+    "runner/worker/merge/units::_other_side::AdapterMismatch": "a guard: `model.vocabulary` refuses what leads here",
 }
-# Runs in every Python that the tests start, before anything of it. Only the standard library and runner.errors.
+# Runs in every Python that the tests start, before anything of it. Only the standard library and
+# runner.protocol.errors.
 HOOK = """
 import sys
 if {root!r} not in sys.path:

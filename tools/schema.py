@@ -17,12 +17,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from runner.checkpoint.digests import MergedCheckpoint
-from runner.errors import Problem
-from runner.inputs.declared import INPUTS
-from runner.plan_summary import PlanSummary
-from runner.report.files import SCHEMA_VERSION, Report
-from runner.verify.verdict import Verdict
+from runner.protocol.digests import MergedCheckpoint
+from runner.protocol.errors import Problem
+from runner.protocol.plan_summary import PlanSummary
+from runner.protocol.verdict import Verdict
+from runner.supervisor.inputs.declared import INPUTS
+from runner.supervisor.report.files import SCHEMA_VERSION, Report
 
 _ATTRIBUTE = re.compile(r"^    (?P<name>\w+): (?P<text>.*(?:\n      .*)*)", re.MULTILINE)
 _PLAIN: dict[Any, dict[str, Any]] = {

@@ -23,8 +23,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from runner.documents.provenance import CHECKSUMS
-from runner.publish.contents import SERVER_OWNED
+from runner.supervisor.documents.provenance import CHECKSUMS
+from runner.supervisor.publish.contents import SERVER_OWNED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

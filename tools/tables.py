@@ -3,11 +3,11 @@
     python -m tools.tables           rewrite them
     python -m tools.tables --check   say which is out of date, and fail
 
-A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; its sources are action.yml, runner/errors.py,
-every message of runner/ (see `tools.troubleshooting`), tests/records/faults.json (of `python -m bench.faults`),
-tests/records/cold-start.json (of `python -m bench.cold_start`) and tests/records/mutants.json (of
-`python -m tools.mutants`). Two files
-are written whole: action-types.yml, see `tools.typings`, and docs/report.schema.json, see `tools.schema`.
+A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; its sources are action.yml,
+runner/protocol/errors.py, every message of runner/ (see `tools.troubleshooting`), tests/records/faults.json (of `python
+-m bench.faults`), tests/records/cold-start.json (of `python -m bench.cold_start`) and tests/records/mutants.json (of
+`python -m tools.mutants`). Two files are written whole: action-types.yml, see `tools.typings`, and
+docs/report.schema.json, see `tools.schema`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import yaml
 
 from bench.cold_start import rows
 from bench.faults.report import fault_rows, margin_rows, other_rows, right_rows
-from runner.errors import EXIT_CANCELLED, EXIT_INTERNAL, EXIT_VERDICT_FAILED, RunnerError
+from runner.protocol.errors import EXIT_CANCELLED, EXIT_INTERNAL, EXIT_VERDICT_FAILED, RunnerError
 from tools.mutants import CLASSES, MODULES, kind_of, results
 from tools.mutations import mutants
 from tools.schema import render_schema

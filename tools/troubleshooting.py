@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from runner.documents.markdown import table
-from runner.errors import EXIT_CANCELLED, EXIT_INTERNAL, EXIT_VERDICT_FAILED, RunnerError
+from runner.protocol.errors import EXIT_CANCELLED, EXIT_INTERNAL, EXIT_VERDICT_FAILED, RunnerError
+from runner.supervisor.documents.markdown import table
 from tools.messages import GAP, Message, read_messages
 
 SPECIAL: Mapping[int, tuple[str, Sequence[tuple[str, str, str]]]] = {

@@ -1,6 +1,6 @@
 """action-types.yml: the types of the action's inputs and outputs, for generators of typed workflows.
 
-Written by `python -m tools.tables` from `runner.inputs.sources.INPUTS` and `action.yml`; never by hand.
+Written by `python -m tools.tables` from `runner.supervisor.inputs.sources.INPUTS` and `action.yml`; never by hand.
 
 Source: the format of github-actions-typing (https://github.com/typesafegithub/github-actions-typing).
 """
@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from runner.inputs.declared import INPUTS, InputSpec
-from runner.verify.verdict import Status
+from runner.protocol.verdict import Status
+from runner.supervisor.inputs.declared import INPUTS, InputSpec
 
 HEAD = (
     "# Types of the inputs and outputs, in the format of github-actions-typing. Written by `make fix`; do not edit.\n"

@@ -5,11 +5,11 @@ import sys
 import time
 from pathlib import Path
 
-from runner.libraries import leave, quick_imports
+from runner.worker.libraries import leave, quick_imports
 
 with quick_imports():
-    from runner.merge.job import merge
-    from runner.merge.prepare import prepare
+    from runner.worker.merge.job import merge
+    from runner.worker.merge.prepare import prepare
 
 if __name__ == "__main__":
     base, out, adapter = map(Path, sys.argv[1:4])

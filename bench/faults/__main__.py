@@ -23,12 +23,12 @@ from bench.faults.others import judge_others
 from bench.faults.report import write_report
 from bench.faults.scene import Scene, set_scene
 from demo.smollm2 import build
-from runner.merge.job import merge
-from runner.merge.prepare import prepare
-from runner.verify.case import open_case
-from runner.verify.elements import RightBlocks
-from runner.verify.judge import judge_merge
-from runner.verify.verdict import Layer, Outcome, Verdict
+from runner.judge.case import open_case
+from runner.judge.expected.elements import RightBlocks
+from runner.judge.judge import judge_merge
+from runner.protocol.verdict import Layer, Outcome, Verdict
+from runner.worker.merge.job import merge
+from runner.worker.merge.prepare import prepare
 
 DTYPES = ("auto", "float16", "float32")
 ROOT = Path(__file__).resolve().parent.parent.parent

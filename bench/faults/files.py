@@ -22,12 +22,12 @@ from pathlib import Path
 import huggingface_hub
 
 from bench.faults.layouts import LAYOUTS, write_layout
-from runner.checkpoint.layout import read_checkpoint
-from runner.errors import CheckpointError
-from runner.hub import connect
-from runner.inputs.repo_ref import RepoRef
-from runner.verify.files import judge_files
-from runner.verify.verdict import Outcome
+from runner.files.layout import read_checkpoint
+from runner.judge.sidecars.files import judge_files
+from runner.protocol.errors import CheckpointError
+from runner.protocol.repo_ref import RepoRef
+from runner.protocol.verdict import Outcome
+from runner.supervisor.hub import connect
 from tests.hub.server import LocalHub
 
 Damage = Callable[[Path], None]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from bench.faults.scene import Scene, rewrite
-from runner.checkpoint.layout import INDEX_FILE, read_checkpoint
-from tests.verify.merges import edit_config
+from runner.files.layout import INDEX_FILE, read_checkpoint
+from tests.judge.merges import edit_config
 
 Change = Callable[[Scene, Path], None]
 

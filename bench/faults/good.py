@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from runner.merge.job import merge
-from runner.merge.prepare import prepare
-from runner.verify.case import Case, judge_semantics, open_case
-from runner.verify.elements import RightBlocks
-from runner.verify.judge import judge_merge
-from runner.verify.modules import LIMIT, probe_modules
-from runner.verify.recipe import LowRank
-from runner.verify.sources import Sources
-from runner.verify.verdict import Outcome, Verdict
+from runner.judge.case import Case, judge_semantics, open_case
+from runner.judge.expected.elements import RightBlocks
+from runner.judge.expected.recipe import LowRank
+from runner.judge.expected.sources import Sources
+from runner.judge.judge import judge_merge
+from runner.judge.semantics import LIMIT, probe_modules
+from runner.protocol.verdict import Outcome, Verdict
+from runner.worker.merge.job import merge
+from runner.worker.merge.prepare import prepare
 
 SEEDS = 50
 THREADS = (1, 2, 4)

@@ -10,7 +10,7 @@ import torch
 
 from bench.faults import folders, values, wholes
 from bench.faults.scene import Scene, copy_right, patch
-from runner.verify.verdict import Cause
+from runner.protocol.verdict import Cause
 
 D = Cause
 

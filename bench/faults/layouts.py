@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from tests.verify.tiny import VOCABULARY, tokenizer
+from tests.judge.tiny import VOCABULARY, tokenizer
 
 Files = Mapping[str, object]  # path → content; what is no text is written as JSON
 _TEXT: Mapping[str, Any] = {

@@ -20,8 +20,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.contestants import OURS, PEFT, contestants
-from runner.verify.case import open_case
-from runner.verify.judge import judge_merge
+from runner.judge.case import open_case
+from runner.judge.judge import judge_merge
 
 TIMEOUT_S = 600
 Make = Callable[[Path, Path, Path], None]  # (base, out, adapter)

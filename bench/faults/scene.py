@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from runner.checkpoint.layout import INDEX_FILE, Checkpoint, read_checkpoint
-from tests.verify.merges import TORCH, write_index
+from runner.files.layout import INDEX_FILE, Checkpoint, read_checkpoint
+from tests.judge.merges import TORCH, write_index
 
 SHARD_BYTES = 1 << 16  # files above this size are linked, not copied, where nothing changes them
 EMBEDDING = "model.embed_tokens.weight"

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from bench.faults.scene import EMBEDDING, Scene, Values, read_tensor
 from bench.faults.wholes import saved_ignored
-from runner.checkpoint.layout import read_checkpoint
-from runner.verify.diagnosis.quantised import fp8_rows, int8_rows, quantisers
-from tests.verify.merges import TORCH
+from runner.files.layout import read_checkpoint
+from runner.judge.diagnosis.quantised import fp8_rows, int8_rows, quantisers
+from tests.judge.merges import TORCH
 
 BITS = {"BF16": torch.int16, "F16": torch.int16, "F32": torch.int32}
 FRACTION = {"BF16": 7, "F16": 10, "F32": 23}

@@ -73,7 +73,7 @@ def main() -> None:
     import huggingface_hub
     from huggingface_hub import hf_api  # noqa: F401
 
-    import tests.publish.world  # noqa: F401
+    import tests.supervisor.publish.world  # noqa: F401
 
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     for line in sys.stdin:
@@ -105,9 +105,9 @@ def _fork(job: Mapping[str, Any]) -> int:
 def _publish(job: Mapping[str, Any]) -> int:
     from huggingface_hub import constants
 
-    from runner.errors import RunnerError
-    from runner.hub import Patience
-    from tests.publish.world import World, origin
+    from runner.protocol.errors import RunnerError
+    from runner.supervisor.hub import Patience
+    from tests.supervisor.publish.world import World, origin
 
     os.environ |= {"HF_HOME": job["home"], "HF_XET_CACHE": f"{job['home']}/xet"}
     constants.HF_HUB_CACHE = f"{job['home']}/hub"

@@ -15,7 +15,7 @@ import pytest
 from tests.acceptance.half import Half, halves
 from tests.hub.faults import FOREVER, Kind
 from tests.hub.server import LocalHub
-from tests.publish.world import make_folder
+from tests.supervisor.publish.world import make_folder
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from runner.documents.provenance import MANIFEST
+from runner.supervisor.documents.provenance import MANIFEST
 from tests.acceptance.half import Half, halves
 from tests.hub.server import LocalHub
-from tests.publish.world import make_folder, origin
+from tests.supervisor.publish.world import make_folder, origin
 
 ROUNDS = 20
 

@@ -29,7 +29,7 @@ from tests.hub.accounts import Accounts
 from tests.hub.faults import FOREVER, Kind
 from tests.hub.identity import IdentityProvider
 from tests.hub.server import LocalHub
-from tests.unit.test_signature import pem_of
+from tests.supervisor.test_signature import pem_of
 
 MAX_FILE_BYTES = 300_000
 
@@ -97,7 +97,7 @@ class Watch:
     def _look_at(self, process: int) -> None:
         arguments = _read(Path(f"/proc/{process}/cmdline"))
         self._note(f"the arguments of {arguments[:60]!r}", arguments)
-        if b"runner.worker" in arguments:
+        if b"runner.worker.main" in arguments:
             self.workers += 1
             self._note("the environment of the worker", _read(Path(f"/proc/{process}/environ")))
 

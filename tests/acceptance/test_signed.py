@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.acceptance.action import REPO, TAG, Ended, Stage, a_hub, commits, tags
 from tests.hub.server import LocalHub
-from tests.unit.test_signature import pem_of
+from tests.supervisor.test_signature import pem_of
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from tests.acceptance.action import REPO, TAG
 from tests.acceptance.warmth import ROOT
 from tests.hub.faults import Kind
 from tests.hub.server import LocalHub
-from tests.publish.world import make_folder
+from tests.supervisor.publish.world import make_folder
 from tools.smoke import QUESTIONS
 
 

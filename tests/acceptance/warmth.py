@@ -2,7 +2,8 @@
 
 The supervisor under test is a process of its own, started as users start it, and it starts its worker as always. Only
 the program that it takes for Python is ours: it hands its environment, folder and descriptors to the warm process,
-which forks a child that runs `runner.worker`. So a run costs no five seconds of imports, and everything else is real.
+which forks a child that runs `runner.worker.main`. So a run costs no five seconds of imports, and everything else is
+real.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.launch import worker_environment
+from runner.supervisor.launch import worker_environment
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 # Reads the request of one launcher after the other, forks, and tells each launcher how its worker ended.
 _WARM = """
 import json, os, select, signal, socket, sys
-from runner.libraries import quick_imports
+from runner.worker.libraries import quick_imports
 with quick_imports():
     from transformers import AutoTokenizer, LlamaForCausalLM
-    import runner.merge.job, runner.merge.prepare, runner.verify.judge
-import runner.worker
+    import runner.worker.merge.job, runner.worker.merge.prepare, runner.judge.judge
+import runner.worker.main
 
 def work(request, descriptors):
     for target, descriptor in zip(request["numbers"], descriptors):
@@ -44,7 +45,7 @@ def work(request, descriptors):
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)
     code = 1
     try:
-        code = runner.worker.main()
+        code = runner.worker.main.main()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -89,7 +90,7 @@ for child in workers:
 # What the supervisor takes for Python.
 _LAUNCHER = """#!{python} -ES
 import json, os, signal, socket, sys
-if sys.argv[1:3] != ["-m", "runner.worker"]:
+if sys.argv[1:3] != ["-m", "runner.worker.main"]:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 wanted = []
 for name in os.listdir("/proc/self/fd"):

@@ -12,11 +12,11 @@ import yaml
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from runner.documents.canvas import Picture
-from runner.documents.card import CardFacts
-from runner.documents.inherited import Inherited
-from runner.verify.verdict import Check, Layer, Outcome
-from tests.publish.world import FACTS, origin, verdict
+from runner.protocol.verdict import Check, Layer, Outcome
+from runner.supervisor.documents.canvas import Picture
+from runner.supervisor.documents.card import CardFacts
+from runner.supervisor.documents.inherited import Inherited
+from tests.supervisor.publish.world import FACTS, origin, verdict
 
 ATTACKS = (
     "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "[a](javascript:alert(1))",

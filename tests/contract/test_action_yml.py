@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from runner.inputs.read import INPUTS
-from runner.report.files import Report
+from runner.supervisor.inputs.read import INPUTS
+from runner.supervisor.report.files import Report
 
 ROOT = Path(__file__).resolve().parents[2]
 ACTION: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.adapter.methods import METHODS
+from runner.files.adapter.methods import METHODS
 from tools import coverage
 from tools.suites import read_suites
 

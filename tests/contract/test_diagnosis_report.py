@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import jsonschema
 
-from runner.verify.verdict import Cause, Diagnosis, Status
+from runner.protocol.verdict import Cause, Diagnosis, Status
 from tests.contract.test_report import HOSTILE, REPORT, SCHEMA, VERDICT
 
 

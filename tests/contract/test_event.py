@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from runner.github import event as room
-from runner.github.event import Event, read_event
+from runner.supervisor.github import event as room
+from runner.supervisor.github.event import Event, read_event
 
 
 def started_by(tmp_path: Path, name: str, payload: Any = None, **environ: str) -> Event:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.errors import Problem, RunnerError
-from runner.github.commands import MAX_SUMMARY_BYTES, GitHub
+from runner.protocol.errors import Problem, RunnerError
+from runner.supervisor.github.commands import MAX_SUMMARY_BYTES, GitHub
 from tests.contract.runner_emulator import ROOT, Event, Runner
 from tests.contract.runner_grammar import Log, parse_entries
 
@@ -220,7 +220,7 @@ def test_outside_github_there_are_only_plain_lines(tmp_path: Path) -> None:
 LIBRARY = """
 import logging, os, sys, warnings
 sys.path.insert(0, {root!r})
-from runner.github.commands import GitHub
+from runner.supervisor.github.commands import GitHub
 github = GitHub(os.environ, sys.stdout)
 github.mask(os.environ["INPUT_HF-TOKEN"])
 with github.relayed_stderr():

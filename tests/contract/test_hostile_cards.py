@@ -13,12 +13,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from runner.documents.card import make_card
-from runner.documents.inherited import Inherited, inherit
-from runner.documents.loading import Loading, read_loading
-from runner.documents.provenance import AdapterOrigin
+from runner.supervisor.documents.card import make_card
+from runner.supervisor.documents.inherited import Inherited, inherit
+from runner.supervisor.documents.loading import Loading, read_loading
+from runner.supervisor.documents.provenance import AdapterOrigin
 from tests.contract.hostile import ATTACKS, CARDS, HOSTILE, VALUES, facts_of, intended, readme, split, wrong_in
-from tests.publish.world import origin
+from tests.supervisor.publish.world import origin
 
 
 @settings(deadline=None, max_examples=150)
@@ -81,7 +81,7 @@ def test_the_renderer_shows_an_injection_where_there_is_one() -> None:
 
 
 def test_several_hostile_adapters_stay_text() -> None:
-    from tests.unit.test_provenance import SEVERAL
+    from tests.supervisor.test_provenance import SEVERAL
 
     for attack in ATTACKS:
         more = AdapterOrigin(repo_id=attack, commit=attack, digest="3" * 64)

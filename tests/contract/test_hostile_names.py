@@ -14,13 +14,13 @@ from pathlib import Path
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from runner.documents.card import make_card
-from runner.documents.inherited import Inherited
-from runner.errors import InputError
-from runner.github.commands import GitHub
-from runner.github.event import read_event
-from runner.inputs.read import parse
-from runner.syntax import repo_id_problem, tag_problem
+from runner.protocol.errors import InputError
+from runner.protocol.syntax import repo_id_problem, tag_problem
+from runner.supervisor.documents.card import make_card
+from runner.supervisor.documents.inherited import Inherited
+from runner.supervisor.github.commands import GitHub
+from runner.supervisor.github.event import read_event
+from runner.supervisor.inputs.read import parse
 from tests.contract.hostile import HOSTILE, facts_of, split, wrong_in
 from tests.contract.runner_grammar import Log
 

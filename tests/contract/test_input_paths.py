@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.inputs.read import RepoRef
+from runner.supervisor.inputs.read import RepoRef
 from tests.contract.test_inputs import only_problem, read
 
 

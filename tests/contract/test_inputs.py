@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from runner.errors import InputError, Problem
-from runner.inputs.combination import KINDS, MAJORITIES, PRUNING
-from runner.inputs.read import INPUTS, Inputs, RepoRef, given_secrets, parse, usage, wants_help
+from runner.protocol.combination import KINDS, MAJORITIES, PRUNING
+from runner.protocol.errors import InputError, Problem
+from runner.supervisor.inputs.read import INPUTS, Inputs, RepoRef, given_secrets, parse, usage, wants_help
 
 TOKEN = "hf_localtokenlocaltoken"
 GOOD = {"adapter-path": "owner/adapter", "target-repo": "owner/merged", "tag": "v1.0.0", "hf-token": TOKEN}

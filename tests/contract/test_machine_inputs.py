@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from runner.errors import InputError
-from runner.inputs.gpus import Gpus
-from runner.inputs.read import Inputs, parse
+from runner.protocol.errors import InputError
+from runner.supervisor.inputs.gpus import Gpus
+from runner.supervisor.inputs.read import Inputs, parse
 
 
 @pytest.fixture

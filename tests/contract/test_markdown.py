@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from runner.documents.markdown import block, code, details, escape, prose, table
+from runner.supervisor.documents.markdown import block, code, details, escape, prose, table
 
 HOSTILE = st.lists(
     st.sampled_from(

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.inputs.placement import Placement, branch_problem
-from runner.inputs.read import Inputs, parse
-from runner.syntax import endpoint_problem, tag_problem
+from runner.protocol.syntax import endpoint_problem, tag_problem
+from runner.supervisor.inputs.placement import Placement, branch_problem
+from runner.supervisor.inputs.read import Inputs, parse
 from tests.contract.test_inputs import GOOD, TOKEN, only_problem, problems_of, read, variables, workspace
 
 __all__ = ["workspace"]  # the fixture of the other module, used by every test here

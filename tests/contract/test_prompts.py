@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from runner.errors import InputError
-from runner.inputs.prompts import MAX_FILE_BYTES, MAX_PROMPT_CHARS, MAX_PROMPTS, read_prompts
-from runner.inputs.workspace import Workspace
+from runner.protocol.errors import InputError
+from runner.supervisor.inputs.prompts import MAX_FILE_BYTES, MAX_PROMPT_CHARS, MAX_PROMPTS, read_prompts
+from runner.supervisor.inputs.workspace import Workspace
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runner.errors import families
+from runner.protocol.errors import families
 from tools import tables
 
 ROOT = Path(__file__).resolve().parents[2]

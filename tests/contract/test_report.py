@@ -8,12 +8,12 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from runner.checkpoint.digests import FileDigest, MergedCheckpoint
-from runner.errors import Problem, RunnerError
-from runner.plan_summary import PlanSummary
-from runner.publish import Release
-from runner.report.files import Report
-from runner.verify.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
+from runner.protocol.digests import FileDigest, MergedCheckpoint
+from runner.protocol.errors import Problem, RunnerError
+from runner.protocol.plan_summary import PlanSummary
+from runner.protocol.verdict import Check, Continuation, Layer, ModuleRow, Outcome, Quality, Status, Verdict
+from runner.supervisor.publish import Release
+from runner.supervisor.report.files import Report
 from tests.contract.test_markdown import Page
 from tools.schema import strict
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.inputs.combination import KINDS, PRUNING, RANDOM, VOTING, Combination
-from runner.inputs.read import RepoRef
+from runner.protocol.combination import KINDS, PRUNING, RANDOM, VOTING, Combination
+from runner.supervisor.inputs.read import RepoRef
 from tests.contract.test_inputs import only_problem, problems_of, read
 
 TWO = "alice/one\nalice/two"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.syntax import is_commit, repo_id_problem, revision_problem, tag_problem
+from runner.protocol.syntax import is_commit, repo_id_problem, revision_problem, tag_problem
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.inputs.limits import Limits
-from runner.inputs.rounding import Rounding
+from runner.protocol.limits import Limits
+from runner.protocol.rounding import Rounding
 from tests.contract.test_inputs import only_problem, read, workspace  # noqa: F401  (a fixture)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.errors import EXIT_CANCELLED, EXIT_INTERNAL, EXIT_VERDICT_FAILED, RunnerError, families
+from runner.protocol.errors import EXIT_CANCELLED, EXIT_INTERNAL, EXIT_VERDICT_FAILED, RunnerError, families
 from tools.messages import GAP, Message, messages_of, read_messages
 from tools.tables import wanted
 
@@ -42,7 +42,7 @@ def test_every_exit_code_has_its_section(code: int) -> None:
 def test_every_class_has_its_section_and_is_provoked_by_a_test(name: str) -> None:
     assert name == "RunnerError" or f"\n### `{name}`\n" in PAGE
     if name in TOLD:
-        # The only class of its code is provoked by a run with that code: tests/pipeline/test_exit_codes.py.
+        # The only class of its code is provoked by a run with that code: tests/supervisor/run/test_exit_codes.py.
         assert name in EVIDENCE or name in ALONE
     else:  # a family: only its members are ever told
         assert next(one for one in families() if one.__name__ == name).__subclasses__()

@@ -19,13 +19,13 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftModel, get_peft_mo
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from runner.adapter.combinable import check_combinable
-from runner.adapter.folder import read_adapter
-from runner.errors import InputError
-from runner.inputs.allow import ALLOWANCES
-from runner.inputs.combination import KINDS, Combination
-from runner.inputs.read import INPUTS, parse
-from runner.signature import read_signing_key
+from runner.files.adapter.combinable import check_combinable
+from runner.files.adapter.folder import read_adapter
+from runner.protocol.allow import ALLOWANCES
+from runner.protocol.combination import KINDS, Combination
+from runner.protocol.errors import InputError
+from runner.supervisor.inputs.read import INPUTS, parse
+from runner.supervisor.signature import read_signing_key
 from tests.contract.ways_out import CODE, GAP, ROOT, shown, spans, texts, texts_of
 from tests.parity import models
 from tests.parity.pipeline import run_merge
@@ -282,7 +282,7 @@ def test_code_is_shown_in_backticks_so_that_none_is_missed() -> None:
 
 
 # Programs of their own: what they run, and what they write into a page that has tests of its own.
-_NO_MESSAGES = {"runner/report/summary.py"}
+_NO_MESSAGES = {"runner/supervisor/report/summary.py"}
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runner.adapter.folder import read_adapter
-from runner.errors import BrokenAdapter, RunnerError
-from runner.hub.select import check_adapter
-from runner.merge.prepare import prepare
+from runner.files.adapter.folder import read_adapter
+from runner.protocol.errors import BrokenAdapter, RunnerError
+from runner.supervisor.hub.select import check_adapter
+from runner.worker.merge.prepare import prepare
 from tests.contract.test_ways_out import lora, small_base, trained
 from tests.contract.ways_out import GAP, texts
 from tests.parity import models

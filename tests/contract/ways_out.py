@@ -1,7 +1,7 @@
 """Every word of code, setting or command that a message of `runner` shows, read from the source.
 
 Messages put them in backticks. Read are all texts that are no docstrings, but those of the documents (the card has
-tests of its own), and the characters that `runner.syntax` quotes.
+tests of its own), and the characters that `runner.protocol.syntax` quotes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 GAP = "…"
 # Not said to a user who has to act: pages and cards, and the grammar of names.
-_OTHERS = ("runner/documents/", "runner/syntax.py")
+_OTHERS = ("runner/supervisor/documents/", "runner/protocol/syntax.py")
 _SPAN = re.compile(r"`([^`\n]+)`")
 # Code that somebody might paste, wherever it is written.
 CODE = re.compile(

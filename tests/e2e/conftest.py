@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from tests.contract.runner_emulator import ROOT, Runner
 from tests.hub.server import LocalHub
-from tests.verify.tiny import lora, save_adapter, save_base
+from tests.judge.tiny import lora, save_adapter, save_base
 
 # By the checkout's own path, so that the tests of two checkouts on one machine do not take each other's image.
 CHECKOUT = hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]

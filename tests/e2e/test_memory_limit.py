@@ -14,8 +14,8 @@ import transformers
 from peft import LoraConfig
 
 from bench.synthetic import ALL_LINEAR, write_adapter, write_base
-from runner.merge.units import COPIES_IN_MEMORY
-from runner.plan import RUNTIME_BYTES
+from runner.worker.merge.units import COPIES_IN_MEMORY
+from runner.worker.plan import RUNTIME_BYTES
 from tests.contract.runner_emulator import Runner
 from tests.parity import models
 
@@ -27,8 +27,8 @@ TOO_LITTLE_BYTES = 160 << 20  # less than the libraries alone
 MERGE = """
 import json, sys
 from pathlib import Path
-from runner.merge.job import merge
-from runner.merge.prepare import prepare
+from runner.worker.merge.job import merge
+from runner.worker.merge.prepare import prepare
 for folder in map(Path, sys.argv[1:]):
     prepared = prepare(folder / "base", folder / "adapter", dtype="auto")
     merged = merge(prepared, into=folder / "merged")
@@ -42,7 +42,7 @@ LONG = "LORA_MERGE_LONG"
 JUDGE = """
 import json, sys
 from pathlib import Path
-from runner.verify.judge import judge
+from runner.judge.judge import judge
 base, adapter, merged = (Path("dense") / name for name in ("base", "adapter", "merged"))
 verdict = judge(base=base, adapter=adapter, merged=merged, dtype="auto")
 print(json.dumps({"status": verdict.status, "failures": [check.detail for check in verdict.failures]}))

@@ -31,12 +31,12 @@ import transformers
 from peft import PeftConfig, PeftModel
 from transformers.utils import logging as chatter
 
-from runner.errors import RunnerError
-from runner.verify import continuations
-from runner.verify.forward import outputs_of
-from runner.verify.judge import judge
-from runner.verify.prompts import Purpose, TokenSequence
-from runner.verify.verdict import Outcome, Status
+from runner.judge.forward import outputs_of
+from runner.judge.judge import judge
+from runner.judge.prompts import Purpose, TokenSequence
+from runner.judge.quality import continuations
+from runner.protocol.errors import RunnerError
+from runner.protocol.verdict import Outcome, Status
 from tests.parity import models, oracle
 from tests.parity.grid_cells import Model, cells
 from tests.parity.pipeline import run_merge

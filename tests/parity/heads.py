@@ -12,7 +12,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from runner.checkpoint.names import map_names
+from runner.architecture.names import map_names
 from tests.parity import oracle
 
 AUTO = {

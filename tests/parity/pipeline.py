@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runner.checkpoint.digests import MergedCheckpoint
-from runner.inputs.combination import Several
-from runner.merge.job import merge
-from runner.merge.prepare import prepare
-from runner.plan import Plan
+from runner.protocol.combination import Several
+from runner.protocol.digests import MergedCheckpoint
+from runner.worker.merge.job import merge
+from runner.worker.merge.prepare import prepare
+from runner.worker.plan import Plan
 
 
 def run_merge(

@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from runner.checkpoint.names import map_names
-from runner.inputs.combination import PRUNING, RANDOM, VOTING, Combination, Several
+from runner.architecture.names import map_names
+from runner.protocol.combination import PRUNING, RANDOM, VOTING, Combination, Several
 from tests.parity import models, oracle
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

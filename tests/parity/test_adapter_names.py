@@ -14,12 +14,12 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from runner.checkpoint.layout import INDEX_FILE
-from runner.checkpoint.names import map_names
-from runner.errors import AdapterError, AdapterMismatch, UnsupportedAdapter
-from runner.merge.prepare import prepare
-from runner.verify.judge import judge
-from runner.verify.verdict import Status
+from runner.architecture.names import map_names
+from runner.files.layout import INDEX_FILE
+from runner.judge.judge import judge
+from runner.protocol.errors import AdapterError, AdapterMismatch, UnsupportedAdapter
+from runner.protocol.verdict import Status
+from runner.worker.merge.prepare import prepare
 from tests.parity import models, oracle, structures
 from tests.parity.pipeline import run_merge
 

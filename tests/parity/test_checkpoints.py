@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runner.errors import UnsupportedCheckpoint
-from runner.merge.prepare import prepare
-from runner.verify.judge import judge
-from runner.verify.verdict import Layer, Status
+from runner.judge.judge import judge
+from runner.protocol.errors import UnsupportedCheckpoint
+from runner.protocol.verdict import Layer, Status
+from runner.worker.merge.prepare import prepare
 from tests.parity import models, oracle
 from tests.parity.cases import lora
 from tests.parity.pipeline import run_merge

@@ -11,8 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 
-from runner.verify.judge import judge
-from runner.verify.verdict import Status
+from runner.judge.judge import judge
+from runner.protocol.verdict import Status
 from tests.parity import models, oracle, structures
 from tests.parity.pipeline import run_merge
 

@@ -16,8 +16,8 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
-from runner.verify.judge import judge
-from runner.verify.verdict import Outcome
+from runner.judge.judge import judge
+from runner.protocol.verdict import Outcome
 from tests.parity import models, oracle, structures
 from tests.parity.pipeline import run_merge
 

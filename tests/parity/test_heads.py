@@ -13,10 +13,10 @@ import transformers
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from runner.errors import AdapterMismatch, BrokenCheckpoint
-from runner.merge.prepare import prepare
-from runner.verify.judge import judge
-from runner.verify.verdict import Outcome
+from runner.judge.judge import judge
+from runner.protocol.errors import AdapterMismatch, BrokenCheckpoint
+from runner.protocol.verdict import Outcome
+from runner.worker.merge.prepare import prepare
 from tests.parity import heads, models, oracle, structures
 from tests.parity.heads import Trained
 from tests.parity.pipeline import run_merge

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.checkpoint.digests import digest_folder
+from runner.protocol.digests import digest_folder
 from tests.parity import models, oracle
 from tests.parity.cases import CASES, llama, lora, tied_llama
 from tests.parity.pipeline import run_merge

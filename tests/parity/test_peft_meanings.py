@@ -11,9 +11,9 @@ import pytest
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from runner.adapter.eras import era_of, eras_of, parse_version
-from runner.adapter.meanings import read_config
-from runner.errors import UnsupportedAdapter
+from runner.files.adapter.eras import era_of, eras_of, parse_version
+from runner.files.adapter.meanings import read_config
+from runner.protocol.errors import UnsupportedAdapter
 from tests.parity.peft_meanings import KINDS, measure
 
 RECORDS = [

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from runner.converted import Pickles
-from runner.errors import (
+from runner.judge.judge import judge
+from runner.protocol.errors import (
     BrokenAdapter,
     BrokenCheckpoint,
     NotEnoughDisk,
@@ -25,8 +25,8 @@ from runner.errors import (
     UnsupportedAdapter,
     UnsupportedCheckpoint,
 )
-from runner.unpickle import unpickle
-from runner.verify.judge import judge
+from runner.supervisor.converted import Pickles
+from runner.worker.unpickle import unpickle
 from tests.parity import models, oracle
 from tests.parity.cases import lora
 from tests.parity.pipeline import run_merge
@@ -255,7 +255,7 @@ def test_nothing_is_converted_unless_it_is_allowed_and_needed(tmp_path: Path) ->
 def test_too_little_disk_is_told_before_the_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = _as_bin(models.save_base(models.llama(tied=False), tmp_path / "base", dtype=torch.bfloat16))
     full = shutil.disk_usage(tmp_path)._replace(free=100)
-    monkeypatch.setattr("runner.converted.shutil.disk_usage", lambda path: full)
+    monkeypatch.setattr("runner.supervisor.converted.shutil.disk_usage", lambda path: full)
 
     with pytest.raises(NotEnoughDisk, match="Writing the weights again"):
         _pickles(tmp_path).base(base)

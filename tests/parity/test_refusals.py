@@ -15,7 +15,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from runner.errors import (
+from runner.judge.judge import judge
+from runner.protocol.combination import Combination, Several
+from runner.protocol.errors import (
     AdapterMismatch,
     BrokenAdapter,
     BrokenCheckpoint,
@@ -23,9 +25,7 @@ from runner.errors import (
     UnsupportedAdapter,
     UnsupportedCheckpoint,
 )
-from runner.inputs.combination import Combination, Several
-from runner.merge.prepare import prepare
-from runner.verify.judge import judge
+from runner.worker.merge.prepare import prepare
 from tests.parity import models, structures
 from tests.parity.pipeline import run_merge
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from runner.inputs.combination import KINDS, RANDOM, Several
-from runner.merge.job import merge
-from runner.merge.prepare import prepare
+from runner.protocol.combination import KINDS, RANDOM, Several
+from runner.worker.merge.job import merge
+from runner.worker.merge.prepare import prepare
 from tests.parity import models, oracle
 from tests.parity.pipeline import run_merge
 from tests.parity.several import combination, defined, equals_peft, lora, peft_combination, save_all, sum_of_deltas

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.errors import AdapterMismatch, UnsupportedAdapter
-from runner.inputs.combination import KINDS, Several
+from runner.protocol.combination import KINDS, Several
+from runner.protocol.errors import AdapterMismatch, UnsupportedAdapter
 from tests.parity import models
 from tests.parity.pipeline import run_merge
 from tests.parity.several import combination, lora, save_all

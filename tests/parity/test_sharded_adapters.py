@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runner.adapter.folder import read_adapter
-from runner.converted import Pickles, conversion_note
-from runner.errors import AdapterError, BrokenAdapter
-from runner.hub.select import check_adapter
-from runner.verify.judge import judge
-from runner.verify.verdict import Status
+from runner.files.adapter.folder import read_adapter
+from runner.judge.judge import judge
+from runner.protocol.errors import AdapterError, BrokenAdapter
+from runner.protocol.verdict import Status
+from runner.supervisor.converted import Pickles, conversion_note
+from runner.supervisor.hub.select import check_adapter
 from tests.parity import models, oracle
 from tests.parity.cases import lora
 from tests.parity.pipeline import run_merge

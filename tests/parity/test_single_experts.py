@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runner.errors import AdapterMismatch, RunnerError, UnsupportedAdapter
-from runner.merge.prepare import prepare
-from runner.verify.judge import judge
-from runner.verify.verdict import Status
+from runner.judge.judge import judge
+from runner.protocol.errors import AdapterMismatch, RunnerError, UnsupportedAdapter
+from runner.protocol.verdict import Status
+from runner.worker.merge.prepare import prepare
 from tests.parity import models, oracle, structures
 from tests.parity.pipeline import run_merge
 

@@ -13,9 +13,9 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
-from runner.errors import BrokenCheckpoint
-from runner.verify.judge import judge
-from runner.verify.verdict import Status
+from runner.judge.judge import judge
+from runner.protocol.errors import BrokenCheckpoint
+from runner.protocol.verdict import Status
 from tests.parity import models, oracle, structures
 from tests.parity.pipeline import run_merge
 

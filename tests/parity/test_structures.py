@@ -14,8 +14,8 @@ import torch
 from peft import LoraConfig, PeftConfig
 from safetensors.torch import save_file
 
-from runner.verify.judge import judge
-from runner.verify.verdict import Layer, Outcome, Status
+from runner.judge.judge import judge
+from runner.protocol.verdict import Layer, Outcome, Status
 from tests.parity import models, oracle, structures
 from tests.parity.pipeline import run_merge
 

@@ -14,11 +14,11 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
-from runner.inputs.rounding import STOCHASTIC, Rounding
-from runner.merge.job import merge
-from runner.merge.prepare import prepare
-from runner.verify.judge import judge
-from runner.verify.verdict import Status
+from runner.judge.judge import judge
+from runner.protocol.rounding import STOCHASTIC, Rounding
+from runner.protocol.verdict import Status
+from runner.worker.merge.job import merge
+from runner.worker.merge.prepare import prepare
 from tests.parity import models, oracle, structures
 from tests.parity.pipeline import run_merge
 

@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from runner.errors import AdapterMismatch
-from runner.merge.prepare import prepare
-from runner.verify.judge import judge
-from runner.verify.verdict import Status
+from runner.judge.judge import judge
+from runner.protocol.errors import AdapterMismatch
+from runner.protocol.verdict import Status
+from runner.worker.merge.prepare import prepare
 from tests.parity import heads, models, oracle, structures
 from tests.parity.heads import Trained
 from tests.parity.pipeline import run_merge

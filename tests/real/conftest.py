@@ -14,8 +14,8 @@ import pytest
 from filelock import FileLock
 
 from demo.smollm2 import build
-from runner.merge.job import merge
-from runner.merge.prepare import prepare
+from runner.worker.merge.job import merge
+from runner.worker.merge.prepare import prepare
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STRONG, WEAK = ROOT / "demo" / "adapter", ROOT / "demo" / "adapter-weak"

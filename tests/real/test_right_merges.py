@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from runner.inputs.combination import Combination, Several
-from runner.merge.job import merge
-from runner.merge.prepare import prepare
-from runner.verify.case import open_case
-from runner.verify.judge import judge_merge
-from runner.verify.verdict import Layer, Status
+from runner.judge.case import open_case
+from runner.judge.judge import judge_merge
+from runner.protocol.combination import Combination, Several
+from runner.protocol.verdict import Layer, Status
+from runner.worker.merge.job import merge
+from runner.worker.merge.prepare import prepare
 from tests.real.conftest import STRONG, WEAK, verify
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]

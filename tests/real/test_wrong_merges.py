@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from runner.verify.case import Case, open_case
-from runner.verify.judge import judge_merge
-from runner.verify.verdict import Layer, Status
+from runner.judge.case import Case, open_case
+from runner.judge.judge import judge_merge
+from runner.protocol.verdict import Layer, Status
+from tests.judge import faults
 from tests.real.conftest import STRONG, WEAK, verify
-from tests.verify import faults
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 

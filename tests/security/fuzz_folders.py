@@ -22,17 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.adapter.folder import read_adapter
-from runner.checkpoint.layout import read_checkpoint
-from runner.errors import RunnerError
-from runner.events import Event, Job, Judged
-from runner.inputs.limits import Evaluation, Limits
-from runner.inputs.rounding import Rounding
-from runner.merge.job import merge
-from runner.merge.prepare import prepare
-from runner.worker import run
+from runner.files.adapter.folder import read_adapter
+from runner.files.layout import read_checkpoint
+from runner.protocol.errors import RunnerError
+from runner.protocol.events import Event, Job, Judged
+from runner.protocol.limits import Evaluation, Limits
+from runner.protocol.rounding import Rounding
+from runner.worker.main import run
+from runner.worker.merge.job import merge
+from runner.worker.merge.prepare import prepare
+from tests.judge.tiny import lora, save_adapter, save_base, tokenizer
 from tests.security.damage import rewrite_header
-from tests.verify.tiny import lora, save_adapter, save_base, tokenizer
 
 WALL_S = 60.0
 MEMORY_BYTES = 4 << 30

@@ -16,15 +16,15 @@ from typing import Any
 
 import pytest
 
-from runner.adapter.folder import read_adapter
-from runner.errors import RunnerError
-from runner.events import Event, Job, Judged
-from runner.inputs.limits import Evaluation, Limits
-from runner.inputs.rounding import Rounding
-from runner.verify.verdict import Verdict
-from runner.worker import run
+from runner.files.adapter.folder import read_adapter
+from runner.protocol.errors import RunnerError
+from runner.protocol.events import Event, Job, Judged
+from runner.protocol.limits import Evaluation, Limits
+from runner.protocol.rounding import Rounding
+from runner.protocol.verdict import Verdict
+from runner.worker.main import run
+from tests.judge.tiny import lora, save_adapter, save_base
 from tests.security.damage import pickle_that_makes, rewrite_header
-from tests.verify.tiny import lora, save_adapter, save_base
 
 DEEP = "[" * 100_000 + "]" * 100_000
 

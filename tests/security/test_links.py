@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from runner.errors import InputError
-from runner.inputs.reference import read_reference
-from runner.inputs.workspace import Workspace
+from runner.protocol.errors import InputError
+from runner.supervisor.inputs.reference import read_reference
+from runner.supervisor.inputs.workspace import Workspace
 
 
 @pytest.fixture

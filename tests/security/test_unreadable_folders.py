@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from runner.adapter.folder import read_adapter
-from runner.checkpoint.building import BUILD_ERRORS
-from runner.checkpoint.layout import INDEX_FILE, read_checkpoint
-from runner.errors import BrokenAdapter, BrokenCheckpoint, CheckpointError
-from runner.merge.prepare import prepare
-from runner.verify.judge import READABLE, judge
-from runner.verify.verdict import Layer, Outcome, Status
-from tests.verify.tiny import lora, save_adapter, save_base
+from runner.architecture.building import BUILD_ERRORS
+from runner.files.adapter.folder import read_adapter
+from runner.files.layout import INDEX_FILE, read_checkpoint
+from runner.judge.judge import READABLE, judge
+from runner.protocol.errors import BrokenAdapter, BrokenCheckpoint, CheckpointError
+from runner.protocol.verdict import Layer, Outcome, Status
+from runner.worker.merge.prepare import prepare
+from tests.judge.tiny import lora, save_adapter, save_base
 
 Damage = Callable[[Path], object]
 

@@ -44,10 +44,10 @@ def test_one_run_asks_what_is_not_known_and_keeps_what_is(tmp_path: Path) -> Non
 
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(file.read_bytes())
-    assert found[killed.name]["by"].startswith("tests/verify/test_tensors.py::")
+    assert found[killed.name]["by"].startswith("tests/judge/test_tensors.py::")
     assert found[unexplained.name]["by"] != "survived"  # its reason is of no class: it was asked again
     assert found[explained.name] == _entry(explained, "survived", why=WHY)
-    assert found[stale.name]["by"].startswith("tests/verify/test_tensors.py::")
+    assert found[stale.name]["by"].startswith("tests/judge/test_tensors.py::")
     assert found[open_to_all.name]["by"] == "some::test"
     assert found.keys() == {one.name for one in mutants("tensors")}
 

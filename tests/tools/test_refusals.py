@@ -11,7 +11,7 @@ from tools.messages import ROOT, sites
 from tools.refusals import HOOK, IN_CONTAINERS, OPEN, problems, read
 
 SOURCE = """
-from runner.errors import BrokenAdapter, InputError, Problem
+from runner.protocol.errors import BrokenAdapter, InputError, Problem
 
 def read(path, form):
     if not path:
@@ -66,9 +66,7 @@ def test_an_error_in_another_process_is_seen_with_its_callers(tmp_path: Path) ->
     log = tmp_path / "log"
     log.touch()
     (tmp_path / "sitecustomize.py").write_text(HOOK.format(root=str(ROOT), log=str(log)))
-    program = (
-        "from pathlib import Path; from runner.checkpoint.layout import read_checkpoint; read_checkpoint(Path('x'))"
-    )
+    program = "from pathlib import Path; from runner.files.layout import read_checkpoint; read_checkpoint(Path('x'))"
 
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, check=False
@@ -76,5 +74,5 @@ def test_an_error_in_another_process_is_seen_with_its_callers(tmp_path: Path) ->
 
     assert b"BrokenCheckpoint" in done.stderr
     seen = [tuple(json.loads(line)) for line in log.read_text().splitlines()]
-    told = next(site for site in sites() if site.key == "runner/checkpoint/absent::_nothing::BrokenCheckpoint")
+    told = next(site for site in sites() if site.key == "runner/files/absent::_nothing::BrokenCheckpoint")
     assert any(told.holds(file, line) for file, line in seen)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.masking import hide
+from runner.supervisor.masking import hide
 
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWx/+=:1"
 KEY = "-----BEGIN-----\nMHcCAQEEIBsecretsecret\nabc\n-----END-----"

@@ -1,0 +1,1 @@
+"""What transformers and PEFT make of a config: classes without weights, and how stored names map to parameters."""

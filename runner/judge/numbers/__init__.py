@@ -1,0 +1,1 @@
+"""Stored numbers and their arithmetic: reading rows, comparing them, rounding by chance."""

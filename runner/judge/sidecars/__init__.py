@@ -1,0 +1,1 @@
+"""Every file beside the weights, by a table of the judge's own."""

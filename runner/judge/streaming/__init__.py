@@ -1,0 +1,1 @@
+"""Models that are run layer by layer, with one layer in memory."""

@@ -1,0 +1,1 @@
+"""What both processes know: the job and its events, options, plan and verdict in numbers, errors and exit codes."""
