@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/, action-types.yml and the report's schema from what they describe.
+"""Write the tables of docs/, action-types.yml and the report's schema from what they describe.
 
     python -m tools.tables           rewrite them
     python -m tools.tables --check   say which is out of date, and fail
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TYPES = "action-types.yml"
 SCHEMA = "docs/report.schema.json"
 FILES = (
-    "README.md",
+    "docs/inputs.md",
     "docs/errors.md",
     "docs/troubleshooting.md",
     "docs/image.md",

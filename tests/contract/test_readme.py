@@ -25,17 +25,30 @@ def test_tables_are_those_of_the_code(name: str) -> None:
 
 
 def test_a_changed_table_is_noticed() -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
+    text = (ROOT / "docs" / "inputs.md").read_text("utf-8")
     damaged = text.replace("| `adapter-path` |", "| `adapter` |", 1)
 
     assert damaged != text
     assert tables.render(damaged) == text
 
 
-def test_readme_has_every_table() -> None:
-    names = {match["name"] for match in tables.BLOCK.finditer((ROOT / "README.md").read_text("utf-8"))}
+@pytest.mark.parametrize("page, names", [("inputs", {"inputs", "outputs"}), ("errors", {"exit-codes", "errors"})])
+def test_a_page_has_its_tables(page: str, names: set[str]) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text("utf-8")
 
-    assert names == {"inputs", "outputs", "exit-codes"}
+    assert {match["name"] for match in tables.BLOCK.finditer(text)} == names
+
+
+def test_readme_can_be_read_in_five_minutes_and_names_inputs_that_exist() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    rows = re.findall(
+        r"^\| `([a-z-]+)` \|", text[text.index("## The inputs") : text.index("## What is verified")], re.MULTILINE
+    )
+
+    assert len(text.split()) <= 1200
+    assert len(rows) == 8
+    assert set(rows) <= set(tables.read_action()["inputs"])
+    assert text.index("make demo") < text.index("make test") < text.index("uses: ")
 
 
 def test_errors_page_explains_every_class() -> None:
@@ -80,8 +93,8 @@ def test_the_index_of_docs_names_every_page() -> None:
     assert sorted(name for name in pages if f"({name})" not in index) == []
 
 
-def test_readme_has_a_phrase_for_every_room() -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
+def test_the_tree_has_a_phrase_for_every_room() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     tree = text[text.index("## The tree") :]
     rooms = {
         path.name for path in (ROOT / "runner").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
