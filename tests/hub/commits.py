@@ -91,6 +91,8 @@ async def commit(state: State, request: Request, names: Mapping[str, str]) -> Re
             _apply(state, repo, tree, kind, value, head)
         if request.rule is not None and request.is_hit(Kind.DAMAGED) and request.rule.file in tree:
             tree[request.rule.file] = _damaged(state, repo, tree[request.rule.file])
+        if request.rule is not None and request.is_hit(Kind.DROPPED):
+            tree.pop(request.rule.file, None)
         _refuse_file_as_folder(tree)
         _extend_attributes(state, tree, rules, changes)
         title, description = header["summary"], header.get("description", "")

@@ -32,6 +32,7 @@ class Kind(StrEnum):
         DAMAGED: what is stored is not what was sent. For a commit: other content, with the digest of that content,
             under the path `file`. For uploaded bytes: the last bit flipped, under the digest that was announced.
         EXPIRED: the token, or the signed URL, of this call has expired, for this call and for all later ones.
+        DROPPED: the commit leaves out `file`, and says nothing of it.
         IGNORED: the answer to announced files says that `file` is to be left out, whatever the client sends.
         QUOTA: refused as if the storage of the namespace were full; a batch call refuses each object.
     """
@@ -49,6 +50,7 @@ class Kind(StrEnum):
     DAMAGED = "damaged"
     EXPIRED = "expired"
     IGNORED = "ignored"
+    DROPPED = "dropped"
     QUOTA = "quota"
 
 
@@ -69,7 +71,7 @@ class Rule:
         headers: more headers of that answer. Without any, a 429 says how long to wait (one second), as the Hub does.
         delay_s: for SLOW: seconds before anything is done.
         after_bytes: for RESET_IN.
-        file: for DAMAGED and IGNORED: the path in the repository.
+        file: for DAMAGED, DROPPED and IGNORED: the path in the repository.
         orderly: the connection is closed (FIN) where a reset (RST) would be.
     """
 

@@ -85,7 +85,8 @@ class Contents:
                 return f"{path} is there and should not be"
             if file.digest != kept[path].digest:
                 return f"{path} was changed"
-        return None
+        lost = sorted(path for path in kept if path not in tree and path != SERVER_OWNED)
+        return f"{lost[0]} is gone and should have stayed" if lost else None
 
     def is_adoptable(self, tree: Tree, manifest: Mapping[str, Any] | None) -> bool:
         """Return whether `tree` is this release from a run that did not come to its tag.

@@ -34,6 +34,15 @@ def test_every_judged_file_is_in_the_commit_whatever_a_gitignore_says(world: Wor
     assert ".gitignore" in world.paths("v1.0.0")
 
 
+@pytest.mark.parametrize("path", [".gitignore", "config.json"])
+def test_a_commit_that_lost_a_file_of_anybodys_is_never_tagged(world: World, path: str) -> None:
+    with_gitignore(world)
+    world.hub.fail("commit", Kind.DROPPED, file=path)
+    with pytest.raises(PublishError, match="does not hold what was sent"):
+        world.publish()
+    assert world.tags() == {}
+
+
 @pytest.mark.parametrize("path", ["LICENSE", "model-00002-of-00002.safetensors"])
 def test_a_hub_that_insists_is_refused_before_the_commit(world: World, path: str) -> None:
     with_gitignore(world)
