@@ -191,18 +191,18 @@ def messages_of(name: str, tree: ast.Module) -> Iterator[Message]:
 
 
 def _text(node: ast.expr) -> str:
-    """Return a text of the source, with a gap for each part that is not known before a run."""
     if isinstance(node, ast.IfExp):
-        either, other = _part(node.body), _part(node.orelse)
+        either, other = text_of(node.body), text_of(node.orelse)
         return GAP if GAP in (either, other) else f"{either} / {other}"
-    return _part(node)
+    return text_of(node)
 
 
-def _part(node: ast.expr) -> str:
-    if isinstance(node, ast.Constant):
-        return str(node.value)
+def text_of(node: ast.expr) -> str:
+    """Return a text of the source, with a gap for each part that is not known before a run."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
     if isinstance(node, ast.JoinedStr):
-        return "".join(_part(part) for part in node.values)
+        return "".join(text_of(part) for part in node.values)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return _part(node.left) + _part(node.right)
+        return text_of(node.left) + text_of(node.right)
     return GAP

@@ -26,9 +26,10 @@ from runner.protocol.combination import KINDS, Combination
 from runner.protocol.errors import InputError
 from runner.supervisor.inputs.read import INPUTS, parse
 from runner.supervisor.signature import read_signing_key
-from tests.contract.ways_out import CODE, GAP, ROOT, shown, spans, texts, texts_of
+from tests.contract.ways_out import CODE, shown, spans, texts, texts_of
 from tests.parity import models
 from tests.parity.pipeline import run_merge
+from tools.messages import GAP, ROOT
 
 NAMES = {spec.name: spec for spec in INPUTS}
 GOOD = {"adapter-path": "owner/adapter", "target-repo": "owner/merged", "tag": "v1.0.0", "hf-token": "hf_localtoken"}

@@ -16,9 +16,10 @@ from runner.protocol.errors import BrokenAdapter, RunnerError
 from runner.supervisor.hub.select import check_adapter
 from runner.worker.merge.prepare import prepare
 from tests.contract.test_ways_out import lora, small_base, trained
-from tests.contract.ways_out import GAP, texts
+from tests.contract.ways_out import texts
 from tests.parity import models
 from tests.parity.pipeline import run_merge
+from tools.messages import GAP
 
 
 def _refusal(base: Path, adapter: Path) -> RunnerError:

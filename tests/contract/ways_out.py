@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-GAP = "…"
+from tools.messages import ROOT, text_of
+
 # Not said to a user who has to act: pages and cards, and the grammar of names.
 _OTHERS = ("runner/supervisor/documents/", "runner/protocol/syntax.py")
 _SPAN = re.compile(r"`([^`\n]+)`")
@@ -39,7 +39,7 @@ def texts_of(source: str) -> Iterator[str]:
             seen.update(ast.walk(node.value) if isinstance(node.value, ast.Constant) else ())
         elif isinstance(node, ast.BinOp | ast.JoinedStr | ast.Constant) and node not in seen:
             seen.update(ast.walk(node))
-            yield _text(node)
+            yield text_of(node)
 
 
 def spans(text: str) -> list[str]:
@@ -50,14 +50,3 @@ def spans(text: str) -> list[str]:
 def shown(root: Path = ROOT) -> dict[str, str]:
     """Return each span that a message shows, with a file that shows it."""
     return {span: name for name, text in texts(root) for span in spans(text)}
-
-
-def _text(node: ast.expr) -> str:
-    match node:
-        case ast.Constant(value=str(value)):
-            return value
-        case ast.JoinedStr(values=parts):
-            return "".join(_text(part) if isinstance(part, ast.Constant) else GAP for part in parts)
-        case ast.BinOp(left=left, op=ast.Add(), right=right):
-            return _text(left) + _text(right)
-    return GAP
