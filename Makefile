@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 IMAGE ?= lora-merge-action:dev
 BASE_IMAGE ?=
-# make test T=tests/unit/test_plan.py WORKERS=0
+# make test T=tests/files/test_layout.py WORKERS=0
 T ?=
 WORKERS ?= 2
 PYTEST_ARGS ?=

@@ -1,6 +1,6 @@
 """Say which test provokes which refusal: run tests, and note in tests/records/refusals.json where errors are built.
 
-python -m tools.refusals tests/unit -m 'not slow'   run these tests (pytest's own arguments) and add what they provoke
+python -m tools.refusals tests/files -m 'not slow'  run these tests (pytest's own arguments) and add what they provoke
 python -m tools.refusals --check                    fail where a refusal has no test, or names one that is gone
 python -m tools.refusals                            drop what is gone, and name what no test is known to provoke
 

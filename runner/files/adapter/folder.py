@@ -33,10 +33,8 @@ _EXPONENT = MappingProxyType(
         "BF16": ("<u2", 0x7F80),
         "F16": ("<u2", 0x7C00),
         "F32": ("<u4", 0x7F800000),
-        "F64": (
-            "<u8",
-            0x7FF0000000000000,
-        ),  # `runner.supervisor.modernised` rounds it to float32, as PEFT does when it loads it
+        # Rounded to float32 by `runner.supervisor.modernised`, as PEFT does when it loads it.
+        "F64": ("<u8", 0x7FF0000000000000),
     }
 )
 _MLX_FILE = "adapters.safetensors"

@@ -63,11 +63,9 @@ class GitHub:
 
     def mask(self, value: str) -> None:
         """Hide `value`, and each of its lines, in everything that is said from now on, here and by the runner."""
+        self._secrets.append(value)
         for line in {line.strip() for line in (value, *value.splitlines())}:
-            if not line:
-                continue
-            self._secrets.append(line)
-            if self.is_active:
+            if line and self.is_active:
                 self._print(f"::add-mask::{_escape_data(line)}")
 
     def redact(self, text: str) -> str:

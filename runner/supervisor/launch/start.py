@@ -110,9 +110,8 @@ def _inline(wish: Wish, relay: Callable[[str], None]) -> Channel:
 def _docker(wish: Wish, *, log: Callable[[str], None], say: Callable[[str], None]) -> Channel:
     if wish.environ.get("KUBERNETES_SERVICE_HOST") and not wish.environ.get("DOCKER_HOST"):
         _refuse_kubernetes()
-    from runner.supervisor.launch.engine import (
-        Engine,  # the Docker SDK takes a quarter of a second, for those who need it
-    )
+    # The Docker SDK takes a quarter of a second, for those who need it.
+    from runner.supervisor.launch.engine import Engine
     from runner.supervisor.launch.leftovers import reap, run_label
     from runner.supervisor.launch.sibling import Room, start_sibling
 
