@@ -18,14 +18,23 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def pickled_weights(paths: Collection[str]) -> str | None:
-    """Return the file that says where pickled weights are, or None where there are none, or safetensors beside them.
+    """Return the file that says where a model's pickled weights are, or None: there are none, or safetensors of it.
 
     Args:
-        paths: files of a folder or repository.
+        paths: files of a folder or repository. An adapter among them says nothing of the model's own weights.
     """
-    if {SINGLE_FILE, INDEX_FILE, ADAPTER_FILE} & set(paths):
+    if {SINGLE_FILE, INDEX_FILE} & set(paths):
         return None
-    return next((name for name in (PICKLED_ADAPTER, PICKLED_FILE, PICKLED_INDEX) if name in paths), None)
+    return next((name for name in (PICKLED_FILE, PICKLED_INDEX) if name in paths), None)
+
+
+def pickled_adapter(paths: Collection[str]) -> str | None:
+    """Return the file of an adapter's pickled weights, or None: there is none, or its safetensors are beside it.
+
+    Args:
+        paths: files of a folder. A model among them says nothing of the adapter's own weights.
+    """
+    return PICKLED_ADAPTER if PICKLED_ADAPTER in paths and ADAPTER_FILE not in paths else None
 
 
 def pickled_files(root: Path, weights: str) -> tuple[str, ...]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from runner.files.joined import is_sharded, join_shards, shards_of
-from runner.files.pickled import pickled_files, pickled_weights
+from runner.files.pickled import pickled_adapter, pickled_files, pickled_weights
 from runner.protocol.errors import BrokenAdapter, BrokenCheckpoint, NotEnoughDisk, RunnerError, UnsupportedAdapter
 from runner.protocol.errors import UnsupportedCheckpoint as Unsupported
 from runner.supervisor.launch import unpickle
@@ -44,7 +44,7 @@ class Pickles:
             if is_sharded(root):
                 files = [root / name for name in shards_of(root)]
                 return self._made(root, files, lambda target: join_shards(root, target))
-            return self._converted(root)
+            return self._converted(root, pickled_adapter)
         except Unsupported as error:
             raise UnsupportedAdapter(error.problem.what, why=error.problem.why, fix=error.problem.fix) from error
         except BrokenCheckpoint as error:
@@ -57,14 +57,16 @@ class Pickles:
             CheckpointError: a pickle is damaged, or holds more than tensors.
             RunnerError: the converting process did not end well.
         """
-        return self._converted(root)
+        return self._converted(root, pickled_weights)
 
-    def _converted(self, root: Path) -> Path:
-        weights = pickled_weights({path.name for path in root.iterdir()}) if self.allowed and root.is_dir() else None
+    def _converted(self, root: Path, find: Callable[[Collection[str]], str | None]) -> Path:
+        weights = find({path.name for path in root.iterdir()}) if self.allowed and root.is_dir() else None
         if weights is None:
             return root
         files = [root / name for name in pickled_files(root, weights)]
-        return self._made(root, files, lambda target: unpickle(root, target, environ=self.environ, home=self.into))
+        return self._made(
+            root, files, lambda target: unpickle(root, target, weights, environ=self.environ, home=self.into)
+        )
 
     def _made(self, root: Path, files: list[Path], make: Callable[[Path], None]) -> Path:
         """Return the folder that `make` wrote for this content of `files`, now or before."""

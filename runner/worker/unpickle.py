@@ -1,4 +1,4 @@
-"""A program: pickled weights, written again as safetensors. `python -m runner.worker.unpickle SOURCE TARGET`.
+"""A program: pickled weights, written again as safetensors. `python -m runner.worker.unpickle SOURCE TARGET WEIGHTS`.
 
 It runs in a process of its own, without tokens (`runner.supervisor.launch.unpickle`), and only where the user allows
 it. torch's `weights_only` unpickler builds tensors and plain containers and refuses everything else; files are mapped,
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from runner.files.layout import INDEX_FILE, build_header
-from runner.files.pickled import PICKLED_INDEX, converted_name, pickled_files, pickled_weights
+from runner.files.pickled import PICKLED_INDEX, converted_name, pickled_files
 from runner.files.sidecars.folders import module_folders
 from runner.files.sidecars.names import is_own, is_pickle, is_weights, lone_pickles
 from runner.protocol.errors import BrokenCheckpoint, RunnerError, UnsupportedCheckpoint
@@ -34,26 +34,28 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 def main(arguments: list[str]) -> int:
     """Convert the folder; return the exit code of its error's family, or 0."""
-    source, target = map(Path, arguments)
+    source, target, weights = arguments
     try:
-        unpickle(source, target)
+        unpickle(Path(source), Path(target), weights)
     except RunnerError as error:
         sys.stdout.write(encode(Failed(family=type(error).__name__, problem=error.problem)))
         return error.exit_code
     return 0
 
 
-def unpickle(source: Path, target: Path) -> None:
+def unpickle(source: Path, target: Path, weights: str) -> None:
     """Write the folder `target`: weights as safetensors, and copies of the other files of `source` but weights.
+
+    Args:
+        source: the folder.
+        target: the folder to make.
+        weights: the file in `source` that holds the weights, or their index.
 
     Raises:
         UnsupportedCheckpoint: a pickle holds more than tensors.
         BrokenCheckpoint: a pickle is damaged, or contradicts the index.
     """
     names = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
-    weights = pickled_weights(names)
-    if weights is None:
-        raise ValueError(f"{source} has no pickled weights, or has safetensors, too")
     files = pickled_files(source, weights)
     target.mkdir(parents=True)
     where: dict[str, str] = {}

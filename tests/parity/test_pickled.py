@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from runner.files.pickled import pickled_weights
 from runner.judge.judge import judge
 from runner.protocol.errors import (
     BrokenAdapter,
@@ -75,8 +76,8 @@ def test_a_pickled_base_and_adapter_are_merged_as_peft_merges_them_and_judged(na
     (adapter / f"{ADAPTER}.safetensors").unlink()
 
     converted, converted_adapter = tmp_path / "as safetensors", tmp_path / "adapter as safetensors"
-    unpickle(base, converted)
-    unpickle(adapter, converted_adapter)
+    unpickle(base, converted, pickled_weights({path.name for path in base.iterdir()}) or "")
+    unpickle(adapter, converted_adapter, f"{ADAPTER}.bin")
     same = oracle.read_folder(converted)
     assert same.keys() == before.keys()
     assert all(torch.equal(same[name], before[name]) for name in before)
@@ -110,7 +111,7 @@ def test_tied_weights_that_share_memory_are_both_written(tmp_path: Path) -> None
     torch.save(tensors, base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
 
-    unpickle(base, tmp_path / "converted")
+    unpickle(base, tmp_path / "converted", "pytorch_model.bin")
 
     converted = oracle.read_folder(tmp_path / "converted")
     assert torch.equal(converted["lm_head.weight"], tensors["model.embed_tokens.weight"])
@@ -146,7 +147,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(
     write(folder / "pytorch_model.bin", marker)
 
     with pytest.raises(UnsupportedCheckpoint, match="holds more than tensors"):
-        unpickle(folder, tmp_path / "converted")
+        unpickle(folder, tmp_path / "converted", "pytorch_model.bin")
 
     assert not marker.exists()
     with contextlib.suppress(AttributeError, RuntimeError, TypeError):  # a bare pickle is no checkpoint once it has run
@@ -184,7 +185,7 @@ def test_pickles_that_are_no_weights_are_refused_by_name(name: str, tmp_path: Pa
     torch.save(content, base / "pytorch_model.bin")
 
     with pytest.raises(error, match=text):
-        unpickle(base, tmp_path / "converted")
+        unpickle(base, tmp_path / "converted", "pytorch_model.bin")
 
 
 def _cut(base: Path) -> None:
@@ -229,7 +230,7 @@ def test_damaged_pickles_are_refused_by_name(name: str, tmp_path: Path) -> None:
     damage(base)
 
     with pytest.raises(BrokenCheckpoint, match=text):
-        unpickle(base, tmp_path / "converted")
+        unpickle(base, tmp_path / "converted", "pytorch_model.bin.index.json")
 
 
 def test_a_damaged_pickled_adapter_is_an_error_of_the_adapter(tmp_path: Path) -> None:
@@ -250,6 +251,30 @@ def test_nothing_is_converted_unless_it_is_allowed_and_needed(tmp_path: Path) ->
     (base / "model.safetensors").unlink()
     assert _pickles(tmp_path, allowed=False).base(base) == base
     assert not (tmp_path / "converted").exists()
+
+
+@pytest.mark.parametrize("beside", [f"{ADAPTER}.safetensors", f"{ADAPTER}.bin"])
+def test_an_adapter_beside_a_pickled_base_is_not_taken_for_the_weights(beside: str, tmp_path: Path) -> None:
+    base = models.save_base(models.llama(tied=False), tmp_path / "base", dtype=torch.bfloat16, shard="10MB")
+    before = oracle.read_folder(base)
+    _as_bin(base)
+    (base / beside).write_bytes(b"an adapter's")
+
+    after = load_file(_pickles(tmp_path).base(base) / "model.safetensors")
+
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in after)
+
+
+def test_a_model_beside_a_pickled_adapter_is_not_taken_for_the_weights(tmp_path: Path) -> None:
+    folder, tensors = tmp_path / "adapter", {"weight": torch.ones(2)}
+    folder.mkdir()
+    torch.save(tensors, folder / f"{ADAPTER}.bin")
+    (folder / "model.safetensors").write_bytes(b"a model's")
+
+    converted = load_file(_pickles(tmp_path).adapter(folder) / f"{ADAPTER}.safetensors")
+
+    assert torch.equal(converted["weight"], tensors["weight"])
 
 
 def test_too_little_disk_is_told_before_the_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def _kill_child(name: str) -> None:
 
 
 def _unpickle(folder: Path, **environ: str) -> None:
-    unpickle(folder / "source", folder / "target", environ=os.environ | environ, home=folder)
+    unpickle(folder / "source", folder / "target", "pytorch_model.bin", environ=os.environ | environ, home=folder)
 
 
 def test_the_death_of_what_converts_pickles_is_named(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from runner.supervisor.launch.environment import worker_environment
 from runner.supervisor.launch.inline import ROOT
 
 
-def unpickle(source: Path, target: Path, *, environ: Mapping[str, str], home: Path) -> None:
+def unpickle(source: Path, target: Path, weights: str, *, environ: Mapping[str, str], home: Path) -> None:
     """Write the pickled weights in `source` to `target` as safetensors, in a process of its own.
 
     Args:
         source: the folder.
         target: the folder to make.
+        weights: the file that holds them, or their index.
         environ: the supervisor's; only harmless variables are passed on.
         home: a folder for caches.
 
@@ -28,7 +29,7 @@ def unpickle(source: Path, target: Path, *, environ: Mapping[str, str], home: Pa
         NotEnoughMemory, LaunchError: the process died.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "runner.worker.unpickle", str(source), str(target)],
+        [sys.executable, "-m", "runner.worker.unpickle", str(source), str(target), weights],
         cwd=ROOT,
         env=worker_environment(environ, home),
         stdin=subprocess.DEVNULL,

@@ -45,6 +45,15 @@ def test_pickles_beside_safetensors_are_never_taken(world: World, tmp_path: Path
     assert names(root) == set(base_files())
 
 
+def test_an_adapter_beside_a_pickled_base_hides_nothing_of_it(world: World, tmp_path: Path) -> None:
+    files = pickled_base_files() | {"adapter_model.safetensors": b"an adapter's"}
+    world.hub.add_model("acme/base", write(tmp_path / "seed", **files))
+    snapshot = world.connect().snapshot(
+        RepoRef(repo_id="acme/base"), kind="base", cache_dir=tmp_path / "cache", pickles=True
+    )
+    assert set(PICKLES) <= names(snapshot.root)
+
+
 def test_a_pickled_adapter_is_taken_only_where_that_is_allowed(world: World, tmp_path: Path) -> None:
     files: dict[str, str | bytes] = {
         "adapter_config.json": "{}",
