@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from runner.files.layout import build_header
 from runner.files.sidecars.leftovers import check_leftovers
 from runner.protocol.errors import UnsupportedAdapter
 
@@ -44,6 +45,28 @@ def test_a_value_head_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
     check_leftovers(folder, ("value-head",))
     (folder / "non_lora_trainables.bin").write_text("w")
     with pytest.raises(UnsupportedAdapter, match=r"non_lora_trainables\.bin, v_head\.bin, value_head\.safetensors"):
+        check_leftovers(folder, ("value-head",))
+
+
+def _write_tensors(path: Path, *names: str) -> None:
+    path.write_bytes(build_header([(name, "F32", (1,)) for name in names], {}) + bytes(4 * len(names)))
+
+
+@pytest.mark.parametrize("prefix", ["v_head.summary", "value_head", "pretrained_model.v_head.summary"])
+@pytest.mark.parametrize("file", ["model.safetensors", "head.safetensors"])
+def test_a_value_head_is_known_by_its_tensors(file: str, prefix: str, tmp_path: Path) -> None:
+    folder = _write(tmp_path)
+    _write_tensors(folder / file, f"{prefix}.weight", f"{prefix}.bias")
+    with pytest.raises(UnsupportedAdapter, match=rf"{file}, beside the adapter, is a value head"):
+        check_leftovers(folder, ())
+    check_leftovers(folder, ("value-head",))
+
+
+@pytest.mark.parametrize("others", [("embed_tokens.weight",), ("prev_head.weight",), ("v_heads.weight",)])
+def test_a_value_head_among_other_tensors_is_refused(others: tuple[str, ...], tmp_path: Path) -> None:
+    folder = _write(tmp_path)
+    _write_tensors(folder / "head.safetensors", "v_head.summary.weight", *others)
+    with pytest.raises(UnsupportedAdapter, match=r"head\.safetensors, beside the adapter, may hold what was trained"):
         check_leftovers(folder, ("value-head",))
 
 

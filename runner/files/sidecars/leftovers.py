@@ -11,9 +11,10 @@ from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from runner.files.layout import read_tensor_file
 from runner.files.sidecars.folders import files_of, module_folders
 from runner.files.sidecars.names import ASIDE, CONFIG, folder_of, is_hidden, is_own, is_weights, lone_pickles
-from runner.protocol.errors import UnsupportedAdapter
+from runner.protocol.errors import CheckpointError, UnsupportedAdapter
 
 VALUE_HEAD = "value-head"  # of the input `allow`
 MAX_NAMED = 5
@@ -30,6 +31,7 @@ _MODEL = re.compile(
 )
 _TENSORS = (".npy", ".distcp", ".nemo")  # beside what may be weights anywhere
 _VALUE_HEAD = re.compile(r"(value_?head|v_head)[^/]*")
+_OF_A_VALUE_HEAD = re.compile(r"([^.]+\.)*(value_?head|v_head)\.")  # the name of a tensor
 _MEANINGS: Mapping[str, str] = MappingProxyType(
     {
         "non_lora_trainables": "LLaVA's training saves there what it trained beside the LoRA, such as the projector.",
@@ -53,7 +55,7 @@ def check_leftovers(root: Path, allowed: Container[str]) -> None:
     paths = files_of(root)
     modules = module_folders(root)
     found = list(trained_state(paths, modules))
-    heads = [path for path in found if _VALUE_HEAD.fullmatch(path)]
+    heads = [path for path in found if _is_value_head(root, path)]
     if len(heads) < len(found):
         raise _refusal(sorted(found, key=lambda path: path in heads))
     if heads and VALUE_HEAD not in allowed:
@@ -88,6 +90,19 @@ def trained_state(paths: Collection[str], modules: Iterable[str]) -> Iterator[st
             continue
         if not (is_hidden(path) or _is_known(path, name)):
             yield path
+
+
+def _is_value_head(root: Path, path: str) -> bool:
+    """Return whether a file is a value head: by its name, or by the names of all its tensors where they can be read."""
+    if _VALUE_HEAD.fullmatch(path):
+        return True
+    if not path.endswith(".safetensors"):  # a pickle is not opened
+        return False
+    try:
+        tensors = read_tensor_file(root, path).tensors
+    except CheckpointError:  # damaged, or a stand-in for what was not downloaded: nothing says that it is one
+        return False
+    return bool(tensors) and all(_OF_A_VALUE_HEAD.match(tensor.name) for tensor in tensors)
 
 
 def _is_known(path: str, name: str) -> bool:
