@@ -22,6 +22,7 @@ from runner.protocol.errors import Problem
 from runner.protocol.plan_summary import PlanSummary
 from runner.protocol.verdict import Verdict
 from runner.supervisor.inputs.declared import INPUTS
+from runner.supervisor.inputs.former import REPORTED
 from runner.supervisor.report.files import SCHEMA_VERSION, Report
 
 _ATTRIBUTE = re.compile(r"^    (?P<name>\w+): (?P<text>.*(?:\n      .*)*)", re.MULTILINE)
@@ -47,6 +48,7 @@ def render_schema() -> str:
     created = {"type": "boolean", "description": "Whether this run wrote it."}
     page = {"type": ["string", "null"], "description": "Of the pull request that it is; null for a tagged release."}
     release = _object({**texts, "created": created, "pull_request": page})
+    shown = [spec.name for spec in INPUTS if not spec.secret]
     phase = _object({"name": {"type": "string"}, "wall_s": _of(float)})
     properties = {
         "schema_version": {"const": SCHEMA_VERSION},
@@ -54,7 +56,7 @@ def render_schema() -> str:
         "inputs": {
             "type": "object",
             "description": "Every input that may be shown; empty where they could not be read.",
-            "properties": {spec.name: {"type": ["string", "boolean", "integer"]} for spec in INPUTS if not spec.secret},
+            "properties": {name: {"type": ["string", "boolean", "integer"]} for name in (*shown, *REPORTED)},
         },
         "base_revision": {"type": ["string", "null"], "description": "Commit of the base; null for a local folder."},
         "adapter_digest": _DIGEST,

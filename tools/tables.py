@@ -1,4 +1,4 @@
-"""Write the tables of docs/, action-types.yml and the report's schema from what they describe.
+"""Write the tables of docs/ and the report's schema from what they describe.
 
     python -m tools.tables           rewrite them
     python -m tools.tables --check   say which is out of date, and fail
@@ -6,8 +6,7 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; its sources are action.yml,
 runner/protocol/errors.py, every message of runner/ (see `tools.troubleshooting`), tests/records/faults.json (of `python
 -m bench.faults`), tests/records/cold-start.json (of `python -m bench.cold_start`) and tests/records/mutants.json (of
-`python -m tools.mutants`). Two files are written whole: action-types.yml, see `tools.typings`, and
-docs/report.schema.json, see `tools.schema`.
+`python -m tools.mutants`). docs/report.schema.json is written whole, see `tools.schema`.
 """
 
 from __future__ import annotations
@@ -28,10 +27,8 @@ from tools.mutants import CLASSES, MODULES, kind_of, results
 from tools.mutations import mutants
 from tools.schema import render_schema
 from tools.troubleshooting import render_messages
-from tools.typings import render_types
 
 ROOT = Path(__file__).resolve().parent.parent
-TYPES = "action-types.yml"
 SCHEMA = "docs/report.schema.json"
 FILES = (
     "docs/inputs.md",
@@ -39,7 +36,6 @@ FILES = (
     "docs/troubleshooting.md",
     "docs/image.md",
     "docs/verification.md",
-    TYPES,
     SCHEMA,
 )
 BLOCK = re.compile(r"(?P<open><!-- table: (?P<name>[a-z-]+) -->\n).*?(?P<close><!-- end table -->)", re.DOTALL)
@@ -63,7 +59,7 @@ def wanted(name: str, text: str) -> str:
     """Return what the file `name`, which holds `text` now, is to hold."""
     if name == SCHEMA:
         return render_schema()
-    return render_types(list(read_action()["outputs"])) if name == TYPES else render(text)
+    return render(text)
 
 
 def render(text: str) -> str:

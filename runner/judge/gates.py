@@ -56,7 +56,5 @@ def figure(quality: Quality, name: str) -> float | None:
         return None if merged is None or unmerged is None else merged - unmerged
     if name == "perplexity-ratio":
         return None if quality.perplexity is None else quality.perplexity.ratio
-    if name == "task-drop":
-        return max((score.drop for score in quality.tasks), default=None)
     value: float | None = getattr(quality, name.replace("-", "_"))
     return value

@@ -25,7 +25,7 @@ from runner.judge.outputs import judge_outputs
 from runner.judge.own_dtype import own_dtype, told
 from runner.judge.prompts import Questions, make_questions
 from runner.judge.quality.continuations import NEW_TOKENS
-from runner.judge.quality.extras import measure_extras
+from runner.judge.quality.extras import measure_native
 from runner.judge.semantics import Probe
 from runner.judge.sidecars.files import judge_files
 from runner.judge.storage import Storage, compare_storage, judge_storage
@@ -84,7 +84,7 @@ def judge(  # noqa: PLR0913 (all by name; each is a fact that only the caller ha
         made_here: whether it was; of others' merges "auto" is what the folder says (`runner.judge.own_dtype`).
         rounding: that the merge was asked for; to the nearest by default.
         prompts: the user's; texts, or chats as the JSON object {"messages": [...]}.
-        evaluation: on a text and tasks of the user's.
+        evaluation: on a text of the user's.
         limits: that the user loosened or set.
         seed: of all random probes and token ids.
         device: where the models run ("cpu" or "cuda"); everything else is on the CPU.
@@ -126,7 +126,7 @@ def judge_merge(  # noqa: PLR0913 (all by name)
         case: base and adapter, and what the merge was asked for.
         merged: folder to be judged.
         prompts: the user's.
-        evaluation: on a text and tasks of the user's.
+        evaluation: on a text of the user's.
         limits: that the user loosened or set.
         device: where the models run.
         end_to_end: whether to run that layer, which takes most of the time. Without it nothing passes: the verdict is
@@ -266,16 +266,8 @@ def _judge_models(
     findings.checks.extend(outputs.checks)
     findings.quality, findings.continuations = outputs.quality, outputs.continuations
     if findings.quality is not None:
-        findings.quality, extra = measure_extras(
-            case,
-            merged.root,
-            findings.quality,
-            gold=outputs.gold,
-            tasks=evaluation.tasks,
-            device=device,
-            say=say,
-        )
-        findings.checks.extend(extra)
+        say("native run", 0.95)
+        findings.quality = measure_native(case, merged.root, findings.quality, gold=outputs.gold, device=device)
     questions.words.close()
     findings.checks.extend(_unasked(questions))
 

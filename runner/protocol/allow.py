@@ -23,10 +23,6 @@ ALLOWANCES: Mapping[str, str] = MappingProxyType(
 )
 _NEWEST_PEFT = "0.21"
 _PEFT = re.compile(r"0\.([1-9]|1\d|2[01])(\.\d{1,3})?")
-# Inputs of their own once.
-FORMER: Mapping[str, str] = MappingProxyType(
-    {f"allow-{name}": name for name in ("pickle", "not-verified", "same-repo")}
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,7 @@ class Job:
         device: "auto", "cuda" or "cpu".
         gpu: what has to be free of a GPU before it is used.
         prompts: the user's own, added to the built-in ones.
-        evaluation: on a text and tasks of the user's own.
+        evaluation: on a text of the user's own.
         limits: of the judgement, loosened or set.
         seed: of every random probe.
     """

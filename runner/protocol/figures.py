@@ -80,22 +80,6 @@ class Native:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TaskScore:
-    """One metric of one task of lm-eval, of the unmerged and of the merged model."""
-
-    task: str
-    metric: str
-    unmerged: float
-    merged: float
-    higher_is_better: bool
-
-    @property
-    def drop(self) -> float:
-        """How much merging lost; negative where it won."""
-        return self.unmerged - self.merged if self.higher_is_better else self.merged - self.unmerged
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
     """What rounding to the output dtype costs; reported, gates what the user sets limits for.
 
@@ -118,7 +102,7 @@ class Quality:
         tokens: how many rows of outputs were compared: positions, or whole texts for a head with one answer.
         perplexity: of `eval-text`; None where that was not given, or nothing is predicted.
         prompts: the first texts one by one; empty for other heads than a language model's.
-        tasks: of `eval-tasks`; empty where none were given, or none could be run.
+        tasks: always empty; there for readers of reports that look for it.
         native: the run in the output dtype; None where the models did not run at all.
     """
 
@@ -136,7 +120,7 @@ class Quality:
     tokens: int
     perplexity: Perplexity | None = None
     prompts: tuple[PromptRow, ...] = ()
-    tasks: tuple[TaskScore, ...] = ()
+    tasks: tuple[str, ...] = ()
     native: Native | None = None
 
 

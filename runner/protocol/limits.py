@@ -25,7 +25,6 @@ FIGURES: Mapping[str, str] = MappingProxyType(
         "nll-increase-nats": AT_MOST,
         "top1-agreement": AT_LEAST,
         "perplexity-ratio": AT_MOST,
-        "task-drop": AT_MOST,
     }
 )
 
@@ -74,8 +73,6 @@ class Evaluation:
 
     Attributes:
         text: whose perplexity is measured; "" for none.
-        tasks: of lm-eval: names, and absolute paths of YAML files.
     """
 
     text: str = field(default="", repr=False)
-    tasks: tuple[str, ...] = ()

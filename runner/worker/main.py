@@ -86,10 +86,6 @@ def run(job: Job, emit: Emit, device: str = "cpu") -> None:
     from runner.worker.merge.prepare import prepare
 
     emit(PhaseStarted(phase="plan"))
-    if job.verifies and job.evaluation.tasks:
-        from runner.judge.quality.tasks import check_tasks
-
-        check_tasks(job.evaluation.tasks)
     prepared = prepare(
         job.base,
         *job.adapters,

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from runner.protocol.errors import Problem
 from runner.protocol.limits import Limits
 from runner.protocol.rounding import Rounding
+from runner.supervisor.inputs.declared import INPUTS
+from runner.supervisor.inputs.sources import collect
 from tests.contract.test_inputs import only_problem, read, workspace  # noqa: F401  (a fixture)
 
 
@@ -90,29 +93,6 @@ def test_reads_the_text_for_the_perplexity(workspace: Path) -> None:  # noqa: F8
         assert text in only_problem(values)
 
 
-@pytest.mark.parametrize("is_installed", [True, False])
-def test_reads_the_tasks_and_tells_before_any_work_that_lm_eval_is_missing(
-    workspace: Path,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-    is_installed: bool,
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if is_installed else None)
-    (workspace / "mine.yaml").write_text("task: mine\n")
-    given = {"eval-tasks": "arc_easy\nmine.yaml\n", "quality-limits": "task-drop<=0.01"}
-    if not is_installed:
-        assert "lm-eval is not installed" in only_problem(given)
-        return
-    inputs = read(given)
-    assert inputs.evaluation.tasks == ("arc_easy", str(workspace / "mine.yaml"))
-    assert inputs.public()["eval-tasks"] == "arc_easy\nmine.yaml"
-    for values, text in (
-        ({"eval-tasks": "none.yaml"}, "does not exist"),
-        ({"eval-tasks": "arc_easy", "mode": "plan"}, "Nothing is judged"),
-        ({"quality-limits": "task-drop<=0.01"}, "`eval-tasks` is missing"),
-    ):
-        assert text in only_problem(values)
-
-
 def test_reads_what_is_allowed() -> None:
     allow = read({"allow": "pickle, same-repo\npickle"}).allow
     assert allow.entries == ("pickle", "same-repo")
@@ -131,3 +111,18 @@ def test_a_former_input_says_where_its_meaning_went(name: str) -> None:
     ):
         assert f"`--allow {name}`" in told
     assert name in read(argv=["--allow", name]).allow
+
+
+def test_a_former_input_is_refused_on_github_too_where_only_a_warning_would_tell_of_it() -> None:
+    for told in (
+        only_problem(argv=["--eval-tasks", "arc_easy"]),
+        only_problem({"eval-tasks": "arc_easy"}),
+        *(problem.what + problem.fix for problem in _problems_on_github({"eval-tasks": "arc_easy"})),
+    ):
+        assert "docs/verification.md" in told
+    assert _problems_on_github({"eval-tasks": " "}) == []
+
+
+def _problems_on_github(values: dict[str, str]) -> list[Problem]:
+    given = {f"INPUT_{name.upper()}": value for name, value in values.items()}
+    return collect(INPUTS, given, [], in_github=True)[1]

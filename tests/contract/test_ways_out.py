@@ -79,14 +79,8 @@ def _known(span: str) -> None:
     """It is a value of an input, or a field of PEFT's LoRA."""
     values = {value for spec in INPUTS for value in spec.choices} | set(KINDS) | set(ALLOWANCES)
     peft_fields = {field.name for config in PEFT_TYPE_TO_CONFIG_MAPPING.values() for field in fields(config)}
-    limits = {"perplexity-ratio", "task-drop"}
+    limits = {"perplexity-ratio"}
     assert span in values | peft_fields | limits | {"true", "false", "all", "none"}, span
-
-
-def _requirement(span: str) -> None:
-    """It is one that our own check of the program accepts by name."""
-    assert span.rsplit(maxsplit=1)[-1] == "lm-eval"
-    assert "lm_eval" in (ROOT / "pyproject.toml").read_text()
 
 
 def _pointer(span: str) -> None:
@@ -215,13 +209,13 @@ def _docker_run(span: str) -> None:
     assert {word for word in span.split() if word.startswith("-")} <= known
 
 
-# Words that a message is about: fields, files, variables, events, values of other programs. `nvidia-smi`, `dmesg`,
-# `docker info` and `lm-eval ls tasks` show something and change nothing.
+# Words that a message is about: fields, files, variables, events, values of other programs. `nvidia-smi`, `dmesg`
+# and `docker info` show something and change nothing.
 QUOTED = frozenset({
     "-----BEGIN", ".gitignore", ".yaml", "0.5", "0,2", "2", "20GB", "20GiB", "30", "/srv/hf-cache", "$job", "HF_TOKEN",
     "HOME", "INPUT_", "USER", "__metadata__", "actions/checkout", "content", "contributor", "device=0", "dmesg",
     "docker info", "https://", "https", "main", "messages", "nvidia-container-toolkit", "nvidia-smi", "nvidia-smi -L",
-    "lm-eval ls tasks", "owner/name", "owner/name@revision", "peft_version", "prompt", "read", "release", ".git",
+    "owner/name", "owner/name@revision", "peft_version", "prompt", "read", "release", ".git",
     "release.tag_name", "role", "task", "weight_map", "workflow_dispatch", "workflow_run.event", "write", "--gpus",
     "Failed to initialize NVML: Unknown Error", "do_sample: false", "--user", ".lock",
     "metadata", "scale", "state_dict", "dir://", "staging/…", "--help",
@@ -255,7 +249,6 @@ EXECUTORS: tuple[tuple[str, Executor], ...] = (
     (r"docker build .*", _plainly(_build)),
     (r"docker run .*", _plainly(_docker_run)),
     (r"git lfs pull", _plainly(_pointer)),
-    (r"pip install lm-eval", _plainly(_requirement)),
     (r"openssl ecparam .*", _key),
     *((pattern, _plainly(_documented)) for pattern in ELSEWHERE),
     (r"[a-z0-9_-]+", _plainly(_known)),

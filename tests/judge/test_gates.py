@@ -10,7 +10,7 @@ import pytest
 
 from runner.judge.gates import figure, loosen, quality_checks
 from runner.judge.judge import GATES, decide, judge
-from runner.protocol.figures import Perplexity, TaskScore
+from runner.protocol.figures import Perplexity
 from runner.protocol.limits import FIGURES, Limits, QualityLimit, Tolerance
 from runner.protocol.verdict import Check, Layer, Outcome, Quality, Status, Verdict
 
@@ -18,7 +18,6 @@ QUALITY = Quality(
     retention=0.95, effect=0.5, effect_error=0.02, effect_retention=0.97, kl_mean_nats=1e-3, kl_p99_nats=1e-2,
     kl_base_mean_nats=0.5, top1_agreement=0.99, nll_base_nats=2.0, nll_unmerged_nats=1.0, nll_merged_nats=1.25,
     tokens=10, perplexity=Perplexity(base=9.0, unmerged=4.0, merged=5.0, tokens=9, is_cut=False),
-    tasks=(TaskScore(task="t", metric="acc", unmerged=0.75, merged=0.5, higher_is_better=True),),
 )  # fmt: skip
 LOOSER = Limits(tolerances=(Tolerance(layer="end-to-end", limit=1e-3),))
 
@@ -63,12 +62,10 @@ def test_a_value_at_the_loosened_limit_is_let_through() -> None:
 def test_a_figure_is_of_the_merged_model_beside_the_unmerged() -> None:
     assert figure(QUALITY, "nll-increase-nats") == 0.25
     assert figure(QUALITY, "perplexity-ratio") == 1.25
-    assert figure(QUALITY, "task-drop") == 0.25
     assert figure(QUALITY, "top1-agreement") == 0.99
     for lacking in (replace(QUALITY, nll_merged_nats=None), replace(QUALITY, nll_unmerged_nats=None)):
         assert figure(lacking, "nll-increase-nats") is None
     assert figure(replace(QUALITY, perplexity=None), "perplexity-ratio") is None
-    assert figure(replace(QUALITY, tasks=()), "task-drop") is None
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -87,12 +84,10 @@ def test_every_figure_gates_on_both_sides_of_its_limit(name: str) -> None:
 def test_figures_that_are_made_of_others() -> None:
     assert figure(QUALITY, "nll-increase-nats") == 0.25
     assert figure(QUALITY, "perplexity-ratio") == 1.25
-    assert figure(QUALITY, "task-drop") == 0.25
     assert figure(QUALITY, "kl-p99-nats") == 1e-2
     assert figure(replace(QUALITY, nll_merged_nats=None), "nll-increase-nats") is None
     assert figure(replace(QUALITY, nll_unmerged_nats=None), "nll-increase-nats") is None
     assert figure(replace(QUALITY, perplexity=None), "perplexity-ratio") is None
-    assert figure(replace(QUALITY, tasks=()), "task-drop") is None
 
 
 def test_a_figure_that_was_not_measured_is_no_pass() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from runner.protocol.combination import Combination
 from runner.protocol.digests import FileDigest, MergedCheckpoint
-from runner.protocol.errors import AdapterMismatch, Problem, RunnerError, rebuild
+from runner.protocol.errors import AdapterMismatch, InputError, Problem, RunnerError, rebuild
 from runner.protocol.events import Failed, Job, Judged, Merged, Progress, decode, decode_job, encode
 from runner.protocol.gpu_wish import GpuWish
 from runner.protocol.limits import Evaluation, Limits, QualityLimit, Tolerance
@@ -58,7 +58,7 @@ def test_a_job_survives_the_pipe() -> None:
         base=Path("b"), adapters=(Path("a"), Path("c")), combination=Combination(kind="cat", weights=(1.0, -0.5)),
         merged=Path("m"), merges=True, verifies=False, dtype="auto",
         rounding=Rounding(kind="stochastic", seed=None), device="cpu", prompts=("one", "two"),
-        evaluation=Evaluation(text="t", tasks=("arc_easy",)), limits=Limits(
+        evaluation=Evaluation(text="t"), limits=Limits(
             tolerances=(Tolerance(layer="semantics", limit=1e-5),),
             quality=(QualityLimit(figure="retention", limit=0.9),),
         ),
@@ -95,3 +95,9 @@ def test_a_verdict_of_another_version_is_refused() -> None:
 
     with pytest.raises(ValueError, match="Verdict"):
         decode(json.dumps(message))
+
+
+def test_a_worker_that_refuses_an_input_ends_the_run_as_an_input_error() -> None:
+    error = InputError([Problem(what="w", why="y", fix="f")])
+    told = rebuild(type(error).__name__, error.problem)
+    assert (type(told), told.exit_code, told.problems) == (InputError, 2, error.problems)

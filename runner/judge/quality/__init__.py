@@ -1,1 +1,1 @@
-"""What is measured beside the verdict: 16-bit arithmetic, continuations, tasks of the user."""
+"""What is measured beside the verdict: 16-bit arithmetic and continuations."""

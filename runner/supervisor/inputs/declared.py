@@ -167,11 +167,6 @@ INPUTS: tuple[InputSpec, ...] = (
         name="eval-text",
         description="Text file whose perplexity is measured for base, unmerged and merged model.",
     ),
-    InputSpec(
-        name="eval-tasks",
-        description="Tasks of lm-eval, one a line; where that package is installed, and the data is on this machine.",
-        multiline=True,
-    ),
     InputSpec(name="commit-message", description="Message of the commit on the Hub.", multiline=True),
     InputSpec(
         name="on-existing-tag",

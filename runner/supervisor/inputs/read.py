@@ -21,6 +21,7 @@ from runner.protocol.syntax import revision_problem
 from runner.supervisor.inputs import sources
 from runner.supervisor.inputs.declared import INPUTS
 from runner.supervisor.inputs.form import Form
+from runner.supervisor.inputs.former import REPORTED
 from runner.supervisor.inputs.machine import Machine, read_machine
 from runner.supervisor.inputs.placement import Placement, check_placement, check_sources, read_placement
 from runner.supervisor.inputs.verify_options import read_evaluation, read_limits, read_rounding
@@ -62,7 +63,7 @@ class Inputs:
         verify_prompts: literal text, or the JSON text of an object with `messages` (see
             `runner.supervisor.inputs.prompts`).
         limits: of the judgement, loosened or set.
-        evaluation: on a text and tasks of the user's own.
+        evaluation: on a text of the user's own.
         commit_message: may have several lines.
         on_existing_tag: fail, skip or replace.
         workspace: where relative paths start.
@@ -149,15 +150,11 @@ class Inputs:
             "verify-tolerance": " ".join(f"{loosened.layer}={loosened.limit!r}" for loosened in self.limits.tolerances),
             "quality-limits": " ".join(limit.text for limit in self.limits.quality),
             "eval-text": len(self.evaluation.text),
-            "eval-tasks": self._tasks(),
+            **dict.fromkeys(REPORTED, ""),
             "commit-message": self.commit_message or "",
             "on-existing-tag": self.on_existing_tag,
             **place,
         }
-
-    def _tasks(self) -> str:
-        shown = (self.workspace.show(Path(task)) if task.startswith("/") else task for task in self.evaluation.tasks)
-        return "\n".join(shown)
 
 
 def wants_help(argv: Sequence[str]) -> bool:

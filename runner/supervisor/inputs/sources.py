@@ -11,9 +11,9 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from runner.protocol.allow import FORMER
 from runner.protocol.errors import Problem
 from runner.supervisor.inputs.declared import InputSpec
+from runner.supervisor.inputs.former import FORMER, former
 
 _OF_THE_RUNNER = ("entrypoint", "args")  # inputs that every container action has
 _TOKEN_LIKE = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
@@ -34,6 +34,7 @@ def collect(
     """
     by_name = {spec.name: spec for spec in specs}
     flags, problems = _read_flags(argv, by_name)
+    problems += _former_variables(environ)
     if not in_github:
         problems += _misspelt_variables(environ, by_name)
     values: dict[str, str] = {}
@@ -119,19 +120,11 @@ def _unknown_flag(name: str, known: Mapping[str, InputSpec]) -> Problem:
     shown = "A flag that holds a token" if _TOKEN_LIKE.search(name) else f"`--{name}`"
     match = nearest(name.lower().replace("_", "-"), known)
     if name in FORMER:
-        return _former(f"`--{name}`", FORMER[name])
+        return former(f"`--{name}`", name)
     return Problem(
         what=f"{shown} is not an input.",
         why="A misspelt input would be ignored, and the run would do something else than you asked for.",
         fix=f"Did you mean `--{match}`?" if match else "`--help` lists the inputs.",
-    )
-
-
-def _former(shown: str, name: str) -> Problem:
-    return Problem(
-        what=f"{shown} is no input any more.",
-        why="What a run may do against its rules is one list, the input `allow`.",
-        fix=f"If it was true, add `{name}` to `allow`, as in `--allow {name}`; else leave it out.",
     )
 
 
@@ -144,6 +137,15 @@ def _secret_flag(spec: InputSpec) -> Problem:
     )
 
 
+def _former_variables(environ: Mapping[str, str]) -> list[Problem]:
+    given = {variable: variable[len("INPUT_") :].lower() for variable in sorted(environ) if environ[variable].strip()}
+    return [
+        former(f"`{variable}`", name)
+        for variable, name in given.items()
+        if variable.startswith("INPUT_") and name in FORMER
+    ]
+
+
 def _misspelt_variables(environ: Mapping[str, str], known: Mapping[str, InputSpec]) -> list[Problem]:
     # Only names close to an input are spoken of: a desktop has an INPUT_METHOD that is none of our business.
     variables = {spec.variable for spec in known.values()}
@@ -153,8 +155,8 @@ def _misspelt_variables(environ: Mapping[str, str], known: Mapping[str, InputSpe
         if not variable.upper().startswith("INPUT_") or variable in variables or name in _OF_THE_RUNNER:
             continue
         if name in FORMER:
-            problems.append(_former(f"`{variable}`", FORMER[name]))
-        elif match := difflib.get_close_matches(name, list(known), n=1, cutoff=0.8):
+            continue
+        if match := difflib.get_close_matches(name, list(known), n=1, cutoff=0.8):
             meant = known[match[0]].variable
             problems.append(
                 Problem(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 from collections.abc import Iterator, Mapping
-from functools import partial
 
 from runner.protocol.limits import (
     AT_LEAST,
@@ -71,7 +69,7 @@ def read_limits(form: Form, *, mode: str) -> Limits:
 
 def read_evaluation(form: Form, *, mode: str) -> Evaluation:
     """Return what of the user's own the models are to be evaluated on."""
-    return Evaluation(text=_eval_text(form, mode=mode), tasks=tuple(_eval_tasks(form, mode=mode)))
+    return Evaluation(text=_eval_text(form, mode=mode))
 
 
 def _eval_text(form: Form, *, mode: str) -> str:
@@ -113,42 +111,6 @@ def _eval_text(form: Form, *, mode: str) -> str:
             fix="Name another file, or remove `eval-text`.",
         )
     return text
-
-
-def _eval_tasks(form: Form, *, mode: str) -> Iterator[str]:
-    """Yield the tasks of lm-eval that are to be run: names, and absolute paths of YAML files."""
-    tasks = [line.strip() for line in form.values.get("eval-tasks", "").splitlines() if line.strip()]
-    if not tasks and "task-drop" in form.values.get("quality-limits", ""):
-        form.add(
-            "`quality-limits` names `task-drop`, and `eval-tasks` is missing.",
-            why="There is no task whose score could drop.",
-            fix="Set `eval-tasks`, or remove that limit.",
-        )
-    if tasks and mode == "plan":
-        form.add(
-            "`eval-tasks` is given, but `mode` is `plan`.",
-            why="Nothing is judged in this mode, so it would be ignored.",
-            fix="Remove `eval-tasks`, or choose another `mode`.",
-        )
-    if tasks and importlib.util.find_spec("lm_eval") is None:
-        form.add(
-            "`eval-tasks` is given, and lm-eval is not installed.",
-            why="The published image does not hold it: most merges need none of its fifty packages.",
-            fix="Build an image from this one with `pip install lm-eval`, or remove `eval-tasks`.",
-        )
-    for task in tasks:
-        if not task.endswith((".yaml", ".yml")):
-            yield task
-            continue
-        path = form.attempt(partial(form.workspace.locate, "eval-tasks", task))
-        if path is not None and not path.is_file():
-            form.add(
-                f"`eval-tasks` names the file {task!r}, which does not exist.",
-                why=f"It was looked for at {str(path)!r}.",
-                fix="Check the path; a task that lm-eval knows is written without `.yaml`.",
-            )
-        if path is not None:
-            yield str(path)
 
 
 def _tolerances(form: Form) -> Iterator[Tolerance]:

@@ -165,9 +165,6 @@ def quality_section(quality: Quality) -> str:
         note += f"merged over unmerged {found.ratio:.5g}. "
     note += "Gates only what `quality-limits` names."
     parts = ["### Quality", table(("Over the prompts", "Merged", "Base"), rows, numbers=2), note]
-    if quality.tasks:
-        scores = [(code(s.task), code(s.metric), number(s.unmerged), number(s.merged)) for s in quality.tasks]
-        parts.append(table(("Task", "Metric", "Unmerged", "Merged"), scores, numbers=2))
     return "\n\n".join(parts)
 
 
