@@ -11,9 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, OFTConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForSequenceClassification, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import (
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from runner.judge.judge import judge
 from runner.protocol.combination import Combination, Several
@@ -168,6 +175,20 @@ def test_a_layer_that_peft_cannot_merge_is_refused(tmp_path: Path) -> None:
         run_merge(base, adapter, tmp_path / "merged")
     with pytest.raises(UnsupportedAdapter, match="PEFT's own merge of lm_head"):
         judge(base=base, adapter=adapter, merged=base, dtype="auto")
+
+
+def test_oft_on_a_convolution_wider_than_1_stops_the_plan(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    )
+    base = models.save_base(model, tmp_path / "base", dtype=torch.float32)
+    point = OFTConfig(r=0, oft_block_size=4, target_modules=r".*shortcut\.convolution")
+    wide = OFTConfig(r=0, oft_block_size=4, target_modules=r".*layer\.1\.convolution")
+
+    prepare(base, models.save_adapter(base, tmp_path / "1x1", point), dtype="auto")
+    with pytest.raises(UnsupportedAdapter, match=r"PEFT's own merge of '.*layer\.1\.convolution' is not the trained"):
+        prepare(base, models.save_adapter(base, tmp_path / "3x3", wide), dtype="auto", only_plans=True)
 
 
 def test_a_base_in_float64_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.oft.layer import Conv2d as RotatedConv2d
 from torch import nn
 
 from runner.protocol.errors import UnsupportedAdapter
@@ -30,12 +31,25 @@ def check_merges(attached: Attached, units: Mapping[str, Unit]) -> None:
     """
     tried: set[str] = set()
     for unit in units.values():
+        _check_rotation(unit)
         if type(unit.module) is LoraLinear and is_plain(unit.module) and type(unit.module.base_layer) is nn.Linear:
             continue
         kind = repr(unit.module)  # its classes, sizes and options; not its values
         if kind not in tried and not _merges(unit.module, attached, torch.device("meta")):
             unload(unit.path, _twin(unit.module, attached, torch.device("cpu")))
         tried.add(kind)
+
+
+def _check_rotation(unit: Unit) -> None:
+    """Refuse OFT on convolutions wider than 1: PEFT trains a rotation of patches, and merges another one."""
+    for name, module in unit.module.named_modules():
+        if isinstance(module, RotatedConv2d) and max(module.get_base_layer().kernel_size) > 1:
+            path = f"{unit.path}.{name}" if name else unit.path
+            raise UnsupportedAdapter(
+                f"PEFT's own merge of {path!r} is not the trained model: OFT on a convolution wider than 1.",
+                why="What PEFT computes for such a layer and what it merges into it differ.",
+                fix="Release the adapter unmerged, or train it without OFT on that layer.",
+            )
 
 
 def unload(path: str, module: Any) -> nn.Module:
