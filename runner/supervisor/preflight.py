@@ -127,7 +127,7 @@ def open_destination(inputs: Inputs, hubs: Hubs) -> Destination | None:
         return FolderDestination(root=where.folder, wanted=wanted)
     if where.repo_id is None:
         return None
-    return HubDestination(hub=hubs.writing, repo_id=where.repo_id, wanted=wanted, sends_early=where.uploads_early)
+    return HubDestination(hub=hubs.writing, repo_id=where.repo_id, wanted=wanted)
 
 
 def resolve(inputs: Inputs, hubs: Hubs, cache_dir: Path, pickles: Pickles, say: Say) -> Resolved:

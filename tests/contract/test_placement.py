@@ -32,13 +32,12 @@ def test_the_defaults_are_one_commit_on_main_of_a_repository() -> None:
     assert (where.repo_id, where.folder, where.endpoint, where.branch) == ("owner/merged", None, None, "main")
     assert (where.also_tags, where.protected_tags) == ((), ())
     assert not any((where.is_staged, where.create_pr, where.archives_adapter))
-    assert where.uploads_early
 
 
 def test_every_input_about_it_is_shown_under_its_own_name() -> None:
     values = {
         "target-revision": "next", "also-tags": "latest\nv1", "protected-tags": "v*.*", "staging": "true",
-        "archive-adapter": "true", "upload-early": "false",
+        "archive-adapter": "true",
         "hub-endpoint": "https://hub.example/models",
     }  # fmt: skip
     shown = read(values).public()

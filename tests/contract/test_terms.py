@@ -123,6 +123,11 @@ def test_a_former_input_is_refused_on_github_too_where_only_a_warning_would_tell
     assert _problems_on_github({"eval-tasks": " "}) == []
 
 
+def test_shards_are_always_sent_early_and_who_asks_otherwise_is_told() -> None:
+    for told in (only_problem({"upload-early": "false"}), only_problem(argv=["--upload-early", "false"])):
+        assert "nobody sees them before the verdict" in told
+
+
 def _problems_on_github(values: dict[str, str]) -> list[Problem]:
     given = {f"INPUT_{name.upper()}": value for name, value in values.items()}
     return collect(INPUTS, given, [], in_github=True)[1]

@@ -188,10 +188,5 @@ INPUTS: tuple[InputSpec, ...] = (
     InputSpec(
         name="archive-adapter", description="Whether the release holds the adapter, under adapter/.", default="false"
     ),
-    InputSpec(
-        name="upload-early",
-        description="Whether finished shards are sent, invisibly, while the merge goes on.",
-        default="true",
-    ),
     InputSpec(name="hub-endpoint", description="Address of the Hub; else the public one.", fallback="HF_ENDPOINT"),
 )

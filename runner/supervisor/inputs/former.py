@@ -35,11 +35,20 @@ def _eval_tasks(shown: str, _name: str) -> Problem:
     )
 
 
+def _upload_early(shown: str, _name: str) -> Problem:
+    return Problem(
+        what=f"{shown} is no input any more.",
+        why="Finished shards are always sent during the merge if they can be; nobody sees them before the verdict.",
+        fix="Leave it out.",
+    )
+
+
 FORMER: Mapping[str, Callable[[str, str], Problem]] = MappingProxyType(
     {
         **{f"allow-{name}": _allow for name in ("pickle", "not-verified", "same-repo")},
         "eval-tasks": _eval_tasks,
+        "upload-early": _upload_early,
     }
 )
-# Of these the report still has the key, empty.
-REPORTED = ("eval-tasks",)
+# Of these the report still has the key, with the one value that is left.
+REPORTED = ("eval-tasks", "upload-early")

@@ -35,7 +35,6 @@ class Placement:
         is_staged: whether the branch follows after the tag.
         create_pr: whether the release becomes a pull request.
         archives_adapter: whether the release holds the adapter, under `adapter/`.
-        uploads_early: whether finished shards are sent while the merge goes on.
     """
 
     repo_id: str | None
@@ -47,7 +46,6 @@ class Placement:
     is_staged: bool
     create_pr: bool
     archives_adapter: bool
-    uploads_early: bool
 
     def is_protected(self, tag: str) -> bool:
         """Return whether a tag is one that is never moved."""
@@ -63,7 +61,7 @@ class Placement:
             "staging": self.is_staged,
             "create-pr": self.create_pr,
             "archive-adapter": self.archives_adapter,
-            "upload-early": self.uploads_early,
+            "upload-early": True,  # always; there for readers of reports
             "hub-endpoint": self.endpoint or "",
         }
 
@@ -82,7 +80,6 @@ def read_placement(form: Form) -> Placement:
         is_staged=form.boolean("staging"),
         create_pr=form.boolean("create-pr"),
         archives_adapter=form.boolean("archive-adapter"),
-        uploads_early=form.boolean("upload-early"),
     )
 
 

@@ -21,7 +21,6 @@ from runner.protocol.syntax import revision_problem
 from runner.supervisor.inputs import sources
 from runner.supervisor.inputs.declared import INPUTS
 from runner.supervisor.inputs.form import Form
-from runner.supervisor.inputs.former import REPORTED
 from runner.supervisor.inputs.machine import Machine, read_machine
 from runner.supervisor.inputs.placement import Placement, check_placement, check_sources, read_placement
 from runner.supervisor.inputs.verify_options import read_evaluation, read_limits, read_rounding
@@ -150,7 +149,7 @@ class Inputs:
             "verify-tolerance": " ".join(f"{loosened.layer}={loosened.limit!r}" for loosened in self.limits.tolerances),
             "quality-limits": " ".join(limit.text for limit in self.limits.quality),
             "eval-text": len(self.evaluation.text),
-            **dict.fromkeys(REPORTED, ""),
+            "eval-tasks": "",  # there for readers of reports
             "commit-message": self.commit_message or "",
             "on-existing-tag": self.on_existing_tag,
             **place,
