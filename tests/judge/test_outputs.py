@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from runner.judge import outputs
 from runner.judge.case import Case
@@ -273,7 +273,35 @@ def test_a_text_is_continued_where_no_config_says_what_a_decoder_starts_with(mar
     model = T5ForConditionalGeneration(config).eval()
     questions = make_questions(tmp_path, rows=64, max_tokens=12, prompts=(), seed=0)
 
-    texts = continuations._generate(model, questions=questions, tokens=4, device="cpu")
+    prompts = [sequence.ids for sequence in questions.continued]
 
-    assert len(texts) == len(questions.continued) > 0
-    assert all(text.split() for text in texts)
+    rows = continuations._generate(model, prompts=prompts, tokens=4, device="cpu")
+
+    assert len(rows) == len(prompts) > 0
+    assert all(len(row) for row in rows)
+
+
+@pytest.mark.parametrize("differs_from", [0, 1, 3, None])
+@pytest.mark.parametrize("end", [None, 7])
+def test_follows_a_draft_to_the_text_that_generating_gives(differs_from: int | None, end: int | None) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=end,
+    )
+    model = LlamaForCausalLM(config).eval()
+    prompts = [torch.tensor([3, 9, 27]), torch.tensor([5])]
+    wanted = continuations._generate(model, prompts=prompts, tokens=6, device="cpu")
+    draft = [row.clone() for row in wanted]
+    if differs_from is not None:
+        for row in draft:
+            row[differs_from:] = (row[differs_from:] + 1) % 64
+
+    found = continuations._follow(model, draft=draft, prompts=prompts, tokens=6, device="cpu")
+
+    ends = () if end is None else (end,)
+    assert [row.tolist() for row in found] == [continuations._until(row, ends).tolist() for row in wanted]

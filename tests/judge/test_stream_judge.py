@@ -44,7 +44,7 @@ def test_continues_the_same_text_with_one_layer_in_memory(right_merge: Maker, mo
     base, adapter, merged = right_merge("lora")
     monkeypatch.setattr(continuations, "NEW_TOKENS", 24)
     wanted = judge(base=base, adapter=adapter, merged=merged, dtype="auto").continuations
-    monkeypatch.setattr(continuations, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(continuations, "room_bytes", lambda _: 0)
     found = judge(base=base, adapter=adapter, merged=merged, dtype="auto").continuations
     assert found == wanted
     assert all(one.base for one in found)
@@ -52,7 +52,7 @@ def test_continues_the_same_text_with_one_layer_in_memory(right_merge: Maker, mo
 
 def test_says_why_a_large_model_continues_no_text(right_merge: Maker, monkeypatch: Any) -> None:
     base, adapter, merged = right_merge("lora")
-    monkeypatch.setattr(continuations, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(continuations, "room_bytes", lambda _: 0)
     monkeypatch.setattr(continuations, "READ_PARAMETERS", 0)
     verdict = judge(base=base, adapter=adapter, merged=merged, dtype="auto")
     assert verdict.status is Status.PASS

@@ -30,7 +30,7 @@ from runner.architecture.conversion import Conversion
 from runner.architecture.names import map_names
 from runner.files.layout import Checkpoint, read_checkpoint
 from runner.judge.streaming.models import NO_ADAPTER, model_class, quiet
-from runner.judge.streaming.slots import place_of
+from runner.judge.streaming.slots import place_of, value_at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,25 +66,28 @@ class Loaded:
             OSError, SafetensorError, RuntimeError, ValueError: a file is broken, or cannot be converted.
         """
         wanted = {key: self.tied.get(key, key) for key in keys}
+        if not wanted:  # what follows walks the whole model
+            return {}
         lost = {*self.missing, *self.mismatched}
         stored = {key: self._stored(key) for key in dict.fromkeys(wanted.values()) if key not in lost}
         made = self._load({name for names in stored.values() for name in names}, device)
-        empty = self.model.state_dict()
         for key in dict.fromkeys(wanted.values()):
             if key not in made:
-                made[key] = torch.zeros(empty[key].shape, dtype=empty[key].dtype, device=device)
+                empty = value_at(place_of(self.model, key))
+                made[key] = torch.zeros(empty.shape, dtype=empty.dtype, device=device)
         return {key: made[origin] for key, origin in wanted.items()}
 
     def _stored(self, key: str) -> tuple[str, ...]:
         return (self.renamed[key],) if key in self.renamed else self.computed.get(key, ())
 
-    def _load(self, names: Iterable[str], device: str) -> dict[str, torch.Tensor]:
+    def _load(self, names: set[str], device: str) -> dict[str, torch.Tensor]:
         """Have transformers put the stored tensors into the model; take them out again, and return them by key."""
         by_file = defaultdict(list)
         for name in names:
             by_file[self.checkpoint.tensors[name].file].append(name)
-        before = {key: place_of(self.model, key) for key in self.model.state_dict()}
-        empty = {key: getattr(module, name) for key, (module, name) in before.items()}
+        touched = [key for key in (*self.renamed, *self.computed) if not names.isdisjoint(self._stored(key))]
+        before = {key: place_of(self.model, key) for key in touched}
+        empty = {key: value_at(place) for key, place in before.items()}
         with ExitStack() as stack, quiet():
             slices: dict[str, Any] = {}
             for file, inside in by_file.items():

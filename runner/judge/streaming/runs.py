@@ -31,6 +31,12 @@ class Call:
     kwargs: Mapping[str, Any]
 
 
+def stop_here(call: Call) -> Any:
+    """Have the run that this thread belongs to stop at `call`; return what it is given. None outside of a run."""
+    run: Run | None = getattr(_HERE, "run", None)
+    return None if run is None else run.stop_at(call)
+
+
 class _Abandoned(Exception):
     """Ends the thread of a run that nobody will advance any more."""
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from runner.judge.streaming.gang import forward_of, together
 from runner.judge.streaming.models import quiet
 from runner.judge.streaming.runs import Call, Run, stopping_at
 from runner.judge.streaming.slots import Place, emptied, put
@@ -61,15 +62,21 @@ class Origin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One computation that every variant does: a forward of one sequence, or a whole continuation.
+    """One computation that every variant, or each of some, does: a forward of one sequence, or a whole continuation.
 
     Attributes:
         compute: given the model.
         tokens: how many the model sees.
+        variants: the names of those that do it; None for all.
     """
 
     compute: Callable[[Any], Any]
     tokens: int
+    variants: frozenset[str] | None = None
+
+    def is_for(self, name: str) -> bool:
+        """Return whether the variant of that name does it."""
+        return self.variants is None or name in self.variants
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,6 +98,8 @@ class Stream:
     dtype: torch.dtype = torch.float32
     _stages: tuple[str, ...] = field(default=WHOLE, init=False)
     _span: tuple[float, float] = field(default=(0.0, 1.0), init=False)
+    _draws: bool = field(default=False, init=False)  # at random, as Reformer does: each call alone, from its own seed
+    _gang: ThreadPoolExecutor = field(init=False)
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -122,7 +131,11 @@ class Stream:
         models = list({id(variant.model): variant.model for variant in self.variants}.values())
         self._stages = WHOLE if self.whole else find_stages(models[0])
         threads = torch.get_num_threads()
-        with ExitStack() as stack, ThreadPoolExecutor(max_workers=len(wave) * len(self.variants)) as pool:
+        with (
+            ExitStack() as stack,
+            ThreadPoolExecutor(max_workers=len(wave) * len(self.variants)) as pool,
+            ThreadPoolExecutor(max_workers=len(wave)) as self._gang,
+        ):
             stack.enter_context(quiet())
             stack.enter_context(torch.no_grad())
             stack.callback(torch.set_num_threads, threads)
@@ -138,6 +151,7 @@ class Stream:
                 (number, variant.name): Run(_bound(tasks[number], variant), pool)
                 for number in wave
                 for variant in self.variants
+                if tasks[number].is_for(variant.name)
             }
             try:
                 yield from self._advance(runs, forwards, tasks)
@@ -148,7 +162,9 @@ class Stream:
     def _advance(
         self, runs: dict[Key, Run], forwards: Mapping[int, Mapping[str, Callable[..., Any]]], tasks: Sequence[Task]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
+        threads = torch.get_num_threads()
         waiting = {key: _go_on(key, run) for key, run in runs.items()}
+        torch.set_num_threads(threads)  # a run sets its own number, which MKL takes for everybody's
         order = list(dict.fromkeys(number for number, _ in runs))
         passed = 0
         while order:
@@ -188,19 +204,28 @@ class Stream:
                 if variant.change is not None:
                     variant.change(values)
                     self._widen(values)
-                forward = forwards[id(variant.model)][path]
                 stage = variant.model.get_submodule(path)
+                forward = forward_of(stage, forwards[id(variant.model)][path])
                 with put(variant.places, values), on_device(stage.modules(), self.device, self.dtype):
-                    for key in (key for key in keys if key[1] == variant.name):
-                        call = waiting[key]
-                        while call is not None and call.path == path:
-                            if any(_is_empty(given) for given in (*call.args, *call.kwargs.values())):
-                                raise RuntimeError(f"{path} is given a tensor on the meta device")
-                            torch.manual_seed(key[0])
-                            output = forward(*call.args, **call.kwargs)
-                            call = _go_on(key, runs[key], output)
-                        waiting[key] = call
+                    here = [key for key in keys if key[1] == variant.name]
+                    while here:
+                        outputs = self._computed(forward, {key: waiting[key] for key in here})
+                        for key, output in zip(here, outputs, strict=True):
+                            waiting[key] = _go_on(key, runs[key], output)
+                        here = [key for key in here if _is_at(waiting[key], path)]
             values.clear()  # before the next origin is read
+
+    def _computed(self, forward: Callable[..., Any], calls: Mapping[Key, Call | None]) -> list[Any]:
+        """Return what a stage makes of the calls that wait at it, of one variant."""
+        bound = [_seeded(forward, key, call) for key, call in calls.items()]
+        if len(bound) > 1 and not self._draws:
+            outputs = together(bound, self._gang)
+            drawn = torch.get_rng_state()
+            torch.manual_seed(list(calls)[-1][0])
+            self._draws = not torch.equal(drawn, torch.get_rng_state())
+            if not self._draws:
+                return outputs
+        return [call() for call in bound]
 
     def _widen(self, values: Values) -> None:
         for key, value in values.items():
@@ -213,9 +238,9 @@ class Stream:
         if not width:
             return numbers
         chosen: list[int] = []
-        room = GROUP_BYTES // (4 * width * len(self.variants))
+        room = GROUP_BYTES // (4 * width)
         for number in numbers:
-            room -= tasks[number].tokens
+            room -= tasks[number].tokens * sum(tasks[number].is_for(variant.name) for variant in self.variants)
             if chosen and room < 0:
                 break
             chosen.append(number)
@@ -248,6 +273,18 @@ def _go_on(key: Key, run: Run, output: Any = None) -> Call | None:
     """Advance a run; what its model draws at random is the same in every variant, as Reformer does in evaluation."""
     torch.manual_seed(key[0])
     return run.advance(output)
+
+
+def _seeded(forward: Callable[..., Any], key: Key, call: Call | None) -> Callable[[], Any]:
+    assert call is not None  # noqa: S101  (it waits)
+    if any(_is_empty(given) for given in (*call.args, *call.kwargs.values())):
+        raise RuntimeError(f"{call.path} is given a tensor on the meta device")
+
+    def compute() -> Any:
+        torch.manual_seed(key[0])
+        return forward(*call.args, **call.kwargs)
+
+    return compute
 
 
 def _bound(task: Task, variant: Variant) -> Callable[[], Any]:
